@@ -1,0 +1,31 @@
+"""Drop-in PyTorch losses whose soft labels fit each training instance."""
+
+from softlabels import functional, tuning
+from softlabels.kernels import backend, get_backend, set_backend
+from softlabels.losses import (
+    BetaSmoothingLoss,
+    ConfidencePenaltyLoss,
+    InstanceDirichletMAPLoss,
+    LabelSmoothingMAPLoss,
+    PrunedDistillationLoss,
+    SelfDistillationLoss,
+)
+from softlabels.teachers import EMATeacher
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BetaSmoothingLoss",
+    "ConfidencePenaltyLoss",
+    "EMATeacher",
+    "InstanceDirichletMAPLoss",
+    "LabelSmoothingMAPLoss",
+    "PrunedDistillationLoss",
+    "SelfDistillationLoss",
+    "__version__",
+    "backend",
+    "functional",
+    "get_backend",
+    "set_backend",
+    "tuning",
+]

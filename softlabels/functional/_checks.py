@@ -1,0 +1,176 @@
+"""Argument checks shared by the functional losses and the modules.
+
+Every message names the argument, what it was, and what would be right. Only shapes, dtypes, devices and Python
+numbers are looked at, so that no check makes an accelerator wait. Where torch's own cross-entropy raises, the
+exception has the same type.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_reduction(reduction: object) -> None:
+    """``reduction`` is one that torch knows."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def check_ignore_index(ignore_index: object) -> None:
+    """``ignore_index`` is a whole number."""
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """A string option is one of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """A number option lies in its interval, whose ends belong to it unless they are open."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    above = value > low if low_open else value >= low
+    below = value < high if high_open else value <= high
+    if not (above and below):
+        left, right = "(" if low_open else "[", ")" if high_open else "]"
+        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}")
+
+
+def check_positive(name: str, value: object, *, infinite: bool = False) -> None:
+    """A number option is greater than 0, and finite unless ``infinite``."""
+    check_number(name, value, low=0.0, low_open=True, high_open=not infinite)
+
+
+def check_non_negative(name: str, value: object) -> None:
+    """A number option is finite and not negative."""
+    check_number(name, value, low=0.0, high_open=True)
+
+
+def check_fraction(name: str, value: object) -> None:
+    """A number option lies in [0, 1]."""
+    check_number(name, value, low=0.0, high=1.0)
+
+
+def check_classes(num_classes: object, at_least: int = 1) -> None:
+    """``num_classes`` is a whole number of classes."""
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < at_least:
+        raise ValueError(f"num_classes must be an int of at least {at_least}, got {num_classes!r}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """An argument is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def check_class_weight(weight: Tensor | None, num_classes: int | None = None) -> None:
+    """Class weights are a floating (K,) tensor."""
+    if weight is None:
+        return
+    check_tensor("weight", weight)
+    if not weight.is_floating_point():
+        raise RuntimeError(f"weight must be of a floating dtype, got {weight.dtype}")
+    if weight.dim() != 1 or num_classes not in (None, weight.shape[0]):
+        wanted = "one weight per class, shape (K,)" if num_classes is None else f"shape ({num_classes},)"
+        raise RuntimeError(f"weight must have {wanted}, got shape {tuple(weight.shape)}")
+
+
+def check_device(name: str, value: Tensor, input: Tensor) -> None:
+    """A tensor argument lies where the logits lie."""
+    if value.device != input.device:
+        raise RuntimeError(f"{name} is on {value.device} but input is on {input.device}; move one of them")
+
+
+def check_like_rows(name: str, value: Tensor, input: Tensor, row_shape: torch.Size) -> None:
+    """A row-shaped argument (sample_weight, confidence) is a real tensor with one number per row."""
+    check_tensor(name, value)
+    check_device(name, value, input)
+    if value.shape != row_shape:
+        raise ValueError(
+            f"{name} must have one value per row, shape {tuple(row_shape)} for input of shape "
+            f"{tuple(input.shape)}, got shape {tuple(value.shape)}"
+        )
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
+
+
+def check_teacher_logits(teacher_logits: Tensor, input: Tensor) -> None:
+    """Teacher logits are shaped like the student's."""
+    check_tensor("teacher_logits", teacher_logits)
+    check_device("teacher_logits", teacher_logits, input)
+    if teacher_logits.shape != input.shape:
+        raise ValueError(
+            f"teacher_logits must have the shape of input, {tuple(input.shape)}, got {tuple(teacher_logits.shape)}"
+        )
+    if not teacher_logits.is_floating_point():
+        raise TypeError(f"teacher_logits must be of a floating dtype, got {teacher_logits.dtype}")
+
+
+def check_input(input: Tensor, name: str = "input") -> None:
+    """Logits are a floating tensor of shape (K), (N, K) or (N, K, d1, ...)."""
+    check_tensor(name, input)
+    if input.dim() == 0:
+        raise RuntimeError(f"{name} must have shape (K), (N, K) or (N, K, d1, ...), got a scalar")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"{name} must be logits of a floating dtype, got {input.dtype}")
+
+
+def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
+    """The target holds class indices per row, or class probabilities in the shape of the logits."""
+    check_tensor("target", target)
+    check_device("target", target, input)
+    shapes = f"for input of shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
+    if target.shape == input.shape:
+        if not target.is_floating_point():
+            raise RuntimeError(
+                f"a target of the shape of input, {tuple(input.shape)}, holds class probabilities and must be of a "
+                f"floating dtype, got {target.dtype}; class indices have no class dimension"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError(
+                f"ignore_index={ignore_index} has no meaning for class probabilities; use sample_weight to leave "
+                "rows out"
+            )
+        return
+    if input.dim() == 1:
+        if target.dim() == 1 and target.shape[0] != 1:
+            raise ValueError(f"target must be one class index, shape (), {shapes}")
+        if target.dim() > 1:
+            raise RuntimeError(f"target must be one class index, shape (), {shapes}")
+    else:
+        rows = input.shape[:1] + input.shape[2:]
+        if target.dim() == 0 or target.shape[0] != rows[0]:
+            raise ValueError(f"target must have batch size {input.shape[0]}, shape {tuple(rows)}, {shapes}")
+        if target.shape != rows:
+            raise RuntimeError(
+                f"target must be class indices of shape {tuple(rows)} or class probabilities of the shape of "
+                f"input, {shapes}"
+            )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"target must hold class indices as torch.int64 (or uint8), got {target.dtype}")
+
+
+def peek(condition: Tensor) -> bool | None:
+    """Read a one-element condition where that costs nothing; None on accelerators, under tracing and under vmap."""
+    if condition.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    try:
+        return bool(condition)
+    except RuntimeError:  # vmap and fake tensors have no value to read
+        return None

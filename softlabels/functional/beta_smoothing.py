@@ -1,0 +1,225 @@
+"""Beta smoothing (paper sec. 6): label smoothing whose amount is drawn per sample, less for surer samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softlabels import kernels
+from softlabels.functional import _checks
+from softlabels.functional._rows import Rows, prepare, reduce, run
+from softlabels.functional._targets import label_probabilities
+
+
+def beta_smoothing_loss(
+    input: Tensor,
+    target: Tensor,
+    confidence: Tensor | None = None,
+    *,
+    alpha: float = 0.4,
+    concentration: float = 3.0,
+    generator: torch.Generator | None = None,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Cross-entropy against labels smoothed by sorted draws from a Beta distribution.
+
+    For the $m$ kept rows of the batch draw $b_1, \dots, b_m \sim \mathrm{Beta}(a, 1)$ and hand them out in the order
+    of ``confidence``, the largest to the surest row. With $p = \mathrm{softmax}(\mathtt{input})$,
+
+    $$\ell_i = -\sum_c t_{ic} \log p_{ic}, \qquad
+      t_{i,y_i} = \alpha + (1 - \alpha) b_i, \qquad
+      t_{ic} = (1 - \alpha) \frac{1 - b_i}{K - 1} \quad (c \ne y_i).$$
+
+    Args:
+        input: Logits of shape (K), (N, K) or (N, K, d1, ...), any floating dtype. Half-precision logits are worked
+            on in float32.
+        target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8; or class probabilities $y$ of the
+            shape of ``input``, smoothed to $t_c = o + (t_\mathrm{on} - o)\, y_c$ with $o$ the off-class value.
+        confidence: How sure a model is of each row, of row shape; only the order matters, a higher value is surer,
+            ties go by position, and nan counts as least sure. Dense predictions are ordered over all kept rows of
+            the batch. None assigns the draws at random (the "random Beta smoothing" of App. 9.5).
+        alpha: Weight of the hard label, in [0, 1]. 1 is plain cross-entropy.
+        concentration: The parameter $a$ of Beta(a, 1), greater than 0; the mean draw is $a / (a + 1)$. Infinity is
+            plain cross-entropy. With the defaults the true class gets 0.85 on average; see
+            [`softlabels.tuning.beta_concentration`][].
+        generator: Source of the random numbers; None uses torch's default on the device of ``input``.
+        weight: Class weights of shape (K,), any floating dtype: $w_c$ multiplies the term of class $c$.
+        sample_weight: Non-negative weight of each row, of row shape.
+        ignore_index: Rows with this label count for nothing: they are neither ranked nor drawn for.
+        reduction: ``"mean"`` (over the summed weights of the kept rows), ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` a tensor of row shape; float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError: an option is out of range, or shapes do not match.
+        RuntimeError: a dtype or shape that nn.CrossEntropyLoss rejects with the same type.
+        IndexError: a label outside [0, K) on the CPU (a device-side assertion on an accelerator).
+
+    Example:
+        >>> import torch
+        >>> from softlabels.functional import beta_smoothing_loss
+        >>> logits = torch.tensor([[4.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> target = torch.tensor([0, 0])
+        >>> confidence = logits.softmax(1).amax(1)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> beta_smoothing_loss(logits, target, confidence, generator=generator, reduction="none").shape
+        torch.Size([2])
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, sec. 6 and Eq. 3.
+    """
+    return ranked_beta_smoothing_loss(
+        input,
+        target,
+        confidence,
+        alpha=alpha,
+        concentration=concentration,
+        generator=generator,
+        weight=weight,
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+
+
+def ranked_beta_smoothing_loss(
+    input: Tensor,
+    target: Tensor,
+    confidence: Tensor | None,
+    *,
+    alpha: float,
+    concentration: float,
+    generator: torch.Generator | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    joint: bool = False,
+) -> Tensor:
+    """Beta smoothing within this process or, if ``joint``, over the batches of all processes together."""
+    _checks.check_fraction("alpha", alpha)
+    _checks.check_positive("concentration", concentration, infinite=True)
+    rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
+    draws = beta_draws(rows, confidence, concentration, generator, joint=joint)
+    return reduce(run(kernels.two_level, rows, *two_levels(draws, alpha, rows.num_classes)), rows, reduction)
+
+
+def beta_smoothing_targets(
+    target: Tensor,
+    num_classes: int,
+    confidence: Tensor | None = None,
+    *,
+    alpha: float = 0.4,
+    concentration: float = 3.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Build the soft labels of [`beta_smoothing_loss`][softlabels.functional.beta_smoothing_loss].
+
+    Args:
+        target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8, all in [0, num_classes); or class
+            probabilities of shape (K), (N, K) or (N, K, d1, ...) in a floating dtype.
+        num_classes: The number of classes $K$.
+        confidence: As in the loss.
+        alpha: As in the loss.
+        concentration: As in the loss.
+        generator: As in the loss: with the same state, the same draws.
+
+    Returns:
+        Class probabilities of shape (K), (N, K) or (N, K, d1, ...), float32 (float64 for float64 probabilities).
+
+    Raises:
+        ValueError: an option is out of range, or shapes do not match.
+        IndexError: a label outside [0, num_classes) on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.functional import beta_smoothing_targets
+        >>> soft = beta_smoothing_targets(torch.tensor([0, 2]), 3, torch.tensor([0.2, 0.9]))
+        >>> bool(soft[1, 2] >= soft[0, 0]), soft.sum(1)
+        (True, tensor([1., 1.]))
+
+    Reference:
+        Zhang & Sabuncu (2020), sec. 6.
+    """
+    _checks.check_fraction("alpha", alpha)
+    _checks.check_positive("concentration", concentration, infinite=True)
+    probabilities = label_probabilities(target, num_classes)
+    rows = prepare(probabilities, probabilities, None, None, -100, "none")
+    draws = beta_draws(rows, confidence, concentration, generator)
+    on, off = (level.unsqueeze(1) for level in two_levels(draws, alpha, num_classes))
+    soft = off + (on - off) * rows.target
+    return soft.squeeze(0) if rows.single else soft
+
+
+def two_levels(draws: Tensor, alpha: float, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Soft-label values of the true class and of every other class (sec. 6 in Eq. 3)."""
+    if num_classes == 1:
+        return torch.ones_like(draws), torch.zeros_like(draws)
+    return alpha + (1 - alpha) * draws, (1 - alpha) * (1 - draws) / (num_classes - 1)
+
+
+def beta_draws(
+    rows: Rows,
+    confidence: Tensor | None,
+    concentration: float,
+    generator: torch.Generator | None,
+    *,
+    joint: bool = False,
+) -> Tensor:
+    """One Beta(concentration, 1) draw per row, in the order of the confidence; row-shaped, working dtype.
+
+    A Beta(a, 1) draw is U ** (1 / a), so it is enough to order uniforms; float64 keeps their partial sums ascending.
+    """
+    device = rows.logits.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if confidence is None:
+        uniform = torch.rand(rows.shape, dtype=dtype, device=device, generator=generator)
+    else:
+        limit = torch.finfo(torch.float32).max
+        score = rows.row_argument("confidence", confidence).detach().float()
+        score = score.nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
+        if rows.kept is not None:
+            score = score.masked_fill(~rows.kept, torch.inf)  # behind all kept rows
+        draw = _joint_uniforms if joint else _ordered_uniforms
+        uniform = draw(score.flatten(), dtype, generator).view(rows.shape)
+    return (uniform ** (1.0 / concentration)).to(kernels.working_dtype(rows.logits))
+
+
+def _ordered_uniforms(score: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """Independent uniforms handed out in ascending order of the score; rows of infinite score are not drawn for."""
+    source = torch.rand(score.numel() + 1, dtype=dtype, device=score.device, generator=generator)
+    return _hand_out(score, source)
+
+
+def _hand_out(score: Tensor, source: Tensor) -> Tensor:
+    """Turn n + 1 uniforms into the order statistics of one uniform per row of finite score, in the order of the scores.
+
+    Nothing is sorted but the scores: the partial sums of m + 1 exponentials over their total are m ascending
+    uniforms. The total is read at position m, so that nothing waits for the value of m.
+    """
+    order = score.argsort(stable=True)
+    sums = (-torch.log1p(-source)).cumsum(0)
+    count = (score < torch.inf).sum()
+    ascending = (sums[:-1] / sums.gather(0, count.view(1))).clamp(max=1.0)
+    return torch.zeros_like(ascending).scatter(0, order, ascending)
+
+
+def _joint_uniforms(score: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """As `_ordered_uniforms` over the rows of all processes of the default group; uneven row counts are padded."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return _ordered_uniforms(score, dtype, generator)
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    largest = torch.tensor(score.numel(), device=score.device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    length = int(largest)
+    padded = score.new_full((length,), torch.inf)
+    padded[: score.numel()] = score
+    gathered = [torch.empty_like(padded) for _ in range(world)]
+    torch.distributed.all_gather(gathered, padded)
+    source = torch.rand(world * length + 1, dtype=dtype, device=score.device, generator=generator)
+    torch.distributed.broadcast(source, 0)
+    return _hand_out(torch.cat(gathered), source)[rank * length :][: score.numel()]

@@ -1,0 +1,201 @@
+"""Self-distillation (paper Eq. 2, 3) and its pruned form (App. 9.7)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from softlabels import kernels
+from softlabels.functional import _checks
+from softlabels.functional._rows import prepare, reduce, run
+from softlabels.functional._targets import label_probabilities
+
+
+def self_distillation_loss(
+    input: Tensor,
+    target: Tensor,
+    teacher_logits: Tensor,
+    *,
+    alpha: float = 0.6,
+    temperature: float = 4.0,
+    scale_student: bool = False,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Cross-entropy against a mixture of the label and a teacher's prediction.
+
+    With $p = \mathrm{softmax}(\mathtt{input})$ and $q = \mathrm{softmax}(\mathtt{teacher\_logits} / T)$,
+
+    $$\ell_i = -\alpha \log p_{i,y_i} - (1 - \alpha) \sum_c q_{ic} \log p_{ic}.$$
+
+    Args:
+        input: Student logits of shape (K), (N, K) or (N, K, d1, ...), any floating dtype. Half-precision logits are
+            worked on in float32.
+        target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8; or class probabilities of the shape
+            of ``input``.
+        teacher_logits: Logits of the teacher, of the shape of ``input``; no gradient flows to them. A logit of -inf
+            is a probability of 0.
+        alpha: Weight of the hard label, in [0, 1]. 1 is plain cross-entropy, 0 learns from the teacher alone. (Many
+            distillation scripts call the weight of the *soft* term alpha.)
+        temperature: $T > 0$ divides the teacher's logits.
+        scale_student: Also divide the student's logits by $T$ in the second sum and multiply that sum by $T^2$, as
+            Hinton et al. (2015) do. Appendix 9.2 finds that this calibrates worse.
+        weight: Class weights of shape (K,), any floating dtype: $w_c$ multiplies the terms of class $c$ in both sums.
+        sample_weight: Non-negative weight of each row, of row shape.
+        ignore_index: Rows with this label count for nothing.
+        reduction: ``"mean"`` (over the summed weights of the kept rows), ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` a tensor of row shape; float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError: an option is out of range, or shapes do not match.
+        RuntimeError: a dtype or shape that nn.CrossEntropyLoss rejects with the same type.
+        IndexError: a label outside [0, K) on the CPU (a device-side assertion on an accelerator).
+
+    Example:
+        >>> import torch
+        >>> from softlabels.functional import self_distillation_loss
+        >>> logits, teacher_logits = torch.zeros(2, 4), torch.randn(2, 4)
+        >>> self_distillation_loss(logits, torch.tensor([1, 3]), teacher_logits)  # log 4, whatever the label
+        tensor(1.3863)
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, Eq. 3 and App. 9.2.
+    """
+    _checks.check_fraction("alpha", alpha)
+    _checks.check_positive("temperature", temperature)
+    rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
+    student_temperature = temperature if scale_student else 1.0
+    losses = run(
+        kernels.teacher,
+        rows,
+        rows.teacher_argument(teacher_logits),
+        alpha,
+        (1 - alpha) * student_temperature**2,
+        temperature=temperature,
+        student_temperature=student_temperature,
+    )
+    return reduce(losses, rows, reduction)
+
+
+def pruned_distillation_loss(
+    input: Tensor,
+    target: Tensor,
+    teacher_logits: Tensor,
+    *,
+    prune: float = 0.5,
+    alpha: float = 0.6,
+    temperature: float = 4.0,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Self-distillation from the teacher's surest classes alone.
+
+    As [`self_distillation_loss`][softlabels.functional.self_distillation_loss], with the softmax of the teacher
+    taken over the $K - \lfloor \mathtt{prune} \cdot K \rfloor$ classes of largest logit in each row; all others get
+    probability 0. Where logits are equal, the class of lower index is kept. The true class may be among the
+    pruned ones; the hard-label term covers it all the same.
+
+    Args:
+        input: Student logits of shape (K), (N, K) or (N, K, d1, ...), any floating dtype.
+        target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8; or class probabilities of the shape
+            of ``input``.
+        teacher_logits: Logits of the teacher, of the shape of ``input``; no gradient flows to them.
+        prune: Fraction of the classes to prune, in [0, 1); 0 is self-distillation. At least one class stays.
+        alpha: Weight of the hard label, in [0, 1].
+        temperature: $T > 0$ divides the teacher's logits.
+        weight: Class weights of shape (K,), any floating dtype.
+        sample_weight: Non-negative weight of each row, of row shape.
+        ignore_index: Rows with this label count for nothing.
+        reduction: ``"mean"`` (over the summed weights of the kept rows), ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` a tensor of row shape; float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError: an option is out of range, or shapes do not match.
+        RuntimeError: a dtype or shape that nn.CrossEntropyLoss rejects with the same type.
+        IndexError: a label outside [0, K) on the CPU (a device-side assertion on an accelerator).
+
+    Example:
+        >>> import torch
+        >>> from softlabels.functional import pruned_distillation_loss
+        >>> teacher_logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+        >>> logits = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]])  # the two pruned classes cost nothing
+        >>> pruned_distillation_loss(logits, torch.tensor([0]), teacher_logits, prune=0.5)
+        tensor(0.6931)
+
+    Reference:
+        Zhang & Sabuncu (2020), App. 9.7.
+    """
+    _checks.check_fraction("alpha", alpha)
+    _checks.check_positive("temperature", temperature)
+    rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
+    losses = run(
+        kernels.teacher,
+        rows,
+        rows.teacher_argument(teacher_logits),
+        alpha,
+        1 - alpha,
+        temperature=temperature,
+        keep=kept_classes(prune, rows.num_classes),
+    )
+    return reduce(losses, rows, reduction)
+
+
+def kept_classes(prune: float, num_classes: int) -> int:
+    """K - floor(prune * K), where products like 0.29 * 100 = 28.999... count as the whole number they mean."""
+    _checks.check_number("prune", prune, low=0.0, high=1.0, high_open=True)
+    return max(num_classes - math.floor(prune * num_classes + 1e-9), 1)
+
+
+def distillation_targets(
+    target: Tensor,
+    teacher_logits: Tensor,
+    *,
+    alpha: float = 0.6,
+    temperature: float = 4.0,
+    prune: float = 0.0,
+) -> Tensor:
+    r"""Build the soft labels of self-distillation and pruned distillation.
+
+    Args:
+        target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8, all in [0, K); or class probabilities
+            of the shape of ``teacher_logits``.
+        teacher_logits: Logits of shape (K), (N, K) or (N, K, d1, ...), any floating dtype.
+        alpha: Weight of the hard label, in [0, 1].
+        temperature: $T > 0$ divides the teacher's logits.
+        prune: Fraction of the classes to prune, in [0, 1).
+
+    Returns:
+        Class probabilities of the shape of ``teacher_logits``, float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError: an option is out of range, or shapes do not match.
+        IndexError: a label outside [0, K) on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.functional import distillation_targets
+        >>> distillation_targets(torch.tensor([0]), torch.zeros(1, 4), alpha=0.6)
+        tensor([[0.7000, 0.1000, 0.1000, 0.1000]])
+
+    Reference:
+        Zhang & Sabuncu (2020), Eq. 3 and App. 9.7.
+    """
+    _checks.check_fraction("alpha", alpha)
+    _checks.check_positive("temperature", temperature)
+    _checks.check_input(teacher_logits, "teacher_logits")
+    class_dim = 0 if teacher_logits.dim() == 1 else 1
+    num_classes = teacher_logits.shape[class_dim]
+    rows = prepare(teacher_logits, label_probabilities(target, num_classes), None, None, -100, "none")
+    keep = kept_classes(prune, num_classes)
+    prior = kernels.teacher_probabilities(rows.teacher_argument(teacher_logits), temperature, keep)
+    soft = alpha * rows.target + (1 - alpha) * prior
+    return soft.squeeze(0) if rows.single else soft

@@ -1,0 +1,67 @@
+"""Which implementation of the row kernels runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BACKENDS = ("auto", "eager")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+_backend = _checked(os.environ.get("SOFTLABELS_BACKEND", "auto"), "the environment variable SOFTLABELS_BACKEND")
+
+
+def get_backend() -> str:
+    """Return the name of the backend in force.
+
+    Example:
+        >>> import softlabels
+        >>> softlabels.get_backend()
+        'auto'
+    """
+    return _backend
+
+
+def set_backend(name: str) -> None:
+    """Choose the implementation of the row kernels for the whole process.
+
+    Args:
+        name: ``"eager"`` runs plain PyTorch operations; ``"auto"`` (the default) picks the fastest backend that
+            this version has for the device, which today is ``"eager"`` everywhere. The environment variable
+            ``SOFTLABELS_BACKEND`` sets the same choice before the program starts.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+
+    Example:
+        >>> import softlabels
+        >>> softlabels.set_backend("eager")
+        >>> softlabels.set_backend("auto")
+    """
+    global _backend
+    _backend = _checked(name, "name")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a ``with`` block; see [`set_backend`][softlabels.set_backend].
+
+    Example:
+        >>> import softlabels
+        >>> with softlabels.backend("eager"):
+        ...     softlabels.get_backend()
+        'eager'
+    """
+    previous = get_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)

@@ -1,0 +1,166 @@
+"""Losses that look at the batch through a teacher: ``attach`` before the training loop, nothing inside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from typing_extensions import Self
+
+from softlabels.losses.base import SoftLabelLoss
+from softlabels.teachers import Attachment, EMATeacher
+from softlabels.teachers.models import Output
+
+TEACHER = "teacher."
+
+
+class AttachableLoss(SoftLabelLoss):
+    """A loss that can be attached to a model and then asks a teacher about each batch by itself."""
+
+    def __init__(self, weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean") -> None:
+        super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
+        self._attachment: Attachment | None = None
+        self._awaited: dict[str, Any] = {}  # state of an EMA teacher that was loaded before attach
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: Optimizer | None = None,
+        teacher: nn.Module | None = None,
+        output: Output = None,
+    ) -> Self:
+        """Let the loss see what ``model`` sees; call it once, before the training loop.
+
+        From then on each training forward pass of ``model`` (training mode, grad enabled) leaves its inputs with the
+        loss.
+        When the loss is next called, the teacher runs on them once, without grad and in the autocast state of that
+        pass, and the inputs are released. If the model makes several passes before the loss is called, the last one
+        counts. An EMA teacher moves once per real optimizer step: not per micro-batch, and not on a step that a
+        GradScaler skips.
+
+        Args:
+            model: The model in training.
+            optimizer: The optimizer whose steps move the EMA. None: every optimizer that owns parameters of
+                ``model``, also one made later; several of them count as one step per round.
+            teacher: A trained module, which is put in eval mode and never changes; or an
+                [`EMATeacher`][softlabels.EMATeacher]. None: a new EMATeacher of ``model``.
+            output: How to find the logits in what model and teacher return: a key or attribute name, an index, or a
+                function. Tensors, tuples (first tensor), ``"logits"``, ``"out"`` and ``.logits`` need none.
+
+        Returns:
+            The loss itself.
+
+        Raises:
+            RuntimeError: the loss is attached already.
+            TypeError: an argument is of the wrong type.
+            ValueError: ``teacher`` is the model itself.
+
+        Example:
+            >>> import torch, softlabels
+            >>> model = torch.nn.Linear(4, 3)
+            >>> criterion = softlabels.SelfDistillationLoss().attach(model)
+            >>> loss = criterion(model(torch.randn(8, 4)), torch.randint(3, (8,)))
+            >>> loss.backward()
+        """
+        if self._attachment is not None:
+            raise RuntimeError("this loss is attached already; call detach() first")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        teacher = self.make_teacher(model) if teacher is None else teacher
+        self._attachment = Attachment(model, teacher, optimizer, output)
+        if isinstance(teacher, EMATeacher):
+            self.add_module("teacher", teacher)
+            if self._awaited:
+                teacher.load_state_dict(self._awaited)
+                self._awaited = {}
+        else:
+            self.__dict__["teacher"] = teacher  # not a submodule: neither saved nor moved with the loss
+        return self
+
+    def detach(self) -> Self:
+        """Undo [`attach`][softlabels.SelfDistillationLoss.attach]: remove the hooks and let the teacher go.
+
+        Returns:
+            The loss itself.
+        """
+        if self._attachment is not None:
+            self._attachment.end()
+            self._attachment = None
+            self._modules.pop("teacher", None)
+            self.__dict__.pop("teacher", None)
+        return self
+
+    def make_teacher(self, model: nn.Module) -> nn.Module:
+        """Teacher for a model when none is given."""
+        return EMATeacher(model)
+
+    def ask_teacher(self, input: Tensor, given: str) -> Tensor:
+        """The attached teacher's logits for this batch.
+
+        Args:
+            input: The student's logits.
+            given: The call argument that would do instead, for the error message.
+
+        Raises:
+            RuntimeError: nothing is attached, or the attached model made no training pass since the last call.
+        """
+        name = type(self).__name__
+        if self._attachment is None:
+            raise RuntimeError(
+                f"{name} needs a teacher in training: add criterion.attach(model) once before the training loop, or "
+                f"pass {given}= to the call. For evaluation, use criterion.eval() or torch.no_grad()"
+            )
+        logits = self._attachment.teacher_logits(input)
+        if logits is None:
+            raise RuntimeError(
+                f"{name} is attached to a model that has made no training forward pass since the loss was last "
+                "called. Call the attached model itself (not an inner module, nor a wrapper made after attach), in "
+                f"training mode with grad enabled, once per loss; or pass {given}= to the call"
+            )
+        return logits
+
+    @property
+    def in_training(self) -> bool:
+        """Whether the loss acts on the batch: in training mode with grad enabled."""
+        return self.training and torch.is_grad_enabled()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._attachment is not None:
+            self._attachment.flush()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, value in self._awaited.items():
+            destination[prefix + TEACHER + key] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        teacher = prefix + TEACHER
+        if "teacher" not in self._modules:
+            self._awaited = {k[len(teacher) :]: v for k, v in state_dict.items() if k.startswith(teacher)}
+            unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(teacher)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not attached; an EMA teacher's state waits in it for the copy's own attach."""
+        state = self.__dict__.copy()
+        state.pop("teacher", None)
+        state["_attachment"] = None
+        teacher = self._modules.get("teacher")
+        if teacher is not None:
+            if self._attachment is not None:
+                self._attachment.flush()
+            state["_modules"] = {k: v for k, v in self._modules.items() if k != "teacher"}
+            state["_awaited"] = teacher.state_dict()
+        return state

@@ -1,0 +1,215 @@
+"""Beta smoothing (paper sec. 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softlabels import tuning
+from softlabels.functional import _checks
+from softlabels.functional._two_level import two_level_loss
+from softlabels.functional.beta_smoothing import ranked_beta_smoothing_loss
+from softlabels.losses.attachable import AttachableLoss
+from softlabels.ranking import PredictionHistory, log_odds
+from softlabels.ranking.scores import RANK_BY
+from softlabels.teachers import EMATeacher
+
+RANKINGS = ("ema", "history", "batch", "random")
+
+
+class BetaSmoothingLoss(AttachableLoss):
+    r"""Label smoothing whose amount is drawn anew for each sample, less for samples the model is sure of.
+
+    In training, the $m$ rows of the batch get draws $b_1, \dots, b_m \sim \mathrm{Beta}(a, 1)$ in the order of their
+    confidence, the largest to the surest, and the loss is the cross-entropy against
+
+    $$t_{i,y_i} = \alpha + (1 - \alpha) b_i, \qquad t_{ic} = (1 - \alpha) \frac{1 - b_i}{K - 1} \quad (c \ne y_i).$$
+
+    $a$ is set so that the soft labels average to those of
+    ``nn.CrossEntropyLoss(label_smoothing=label_smoothing)``; in evaluation (``criterion.eval()``, or grad disabled)
+    the loss is that one, without randomness.
+
+    Args:
+        weight: Class weights of shape (K,), any floating dtype.
+        label_smoothing: Average smoothing in torch's convention, in [0, 1): the true class gets
+            $1 - e + e / K$ on average, which must exceed ``alpha``. 0 is plain cross-entropy.
+        alpha: Weight of the hard label, in [0, 1]: the least that the true class ever gets. 1 is plain
+            cross-entropy, whatever ``label_smoothing`` says.
+        concentration: $a$ itself, greater than 0; overrides ``label_smoothing``.
+        ranking: Whose confidence orders the batch. ``"ema"``: an exponential moving average of the model
+            (needs [`attach`][softlabels.BetaSmoothingLoss.attach]). ``"history"``: a moving average of each sample's
+            own
+            past confidence, without a second forward pass (experimental; needs ``num_samples`` and the call argument
+            ``index``). ``"batch"``: the logits given to the loss. ``"random"``: nobody's; draws are assigned at random.
+        rank_by: ``"max"``: confidence is the largest class probability, as in the paper's text. ``"true_class"``: it is
+            the probability of the label, as in the paper's published scripts.
+        ema_decay: Decay of the average per optimizer step, in [0, 1), for ``"ema"`` and ``"history"``.
+        num_samples: Size of the training set, for ``"history"``.
+        global_ranking: Rank and draw over the rows of all processes of the default torch.distributed group together,
+            with the draws of process 0. Every process must call the loss equally often; the processes wait for each
+            other.
+            False: each process ranks its own rows.
+        generator: Source of the random numbers, on the device of the logits; None uses torch's default.
+        ignore_index: Rows with this label count for nothing; they are neither ranked nor drawn for.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Shape:
+        - input: (K), (N, K) or (N, K, d1, ...), any floating dtype. Half-precision logits are worked on in float32.
+        - target: (), (N) or (N, d1, ...) int64 or uint8 class indices, or class probabilities of the shape of input.
+        - sample_weight: row shape, that of an index target; non-negative.
+        - confidence: row shape; higher is surer. Replaces whatever ``ranking`` says.
+        - index: row shape, int64 in [0, num_samples): which training sample each row is (``"history"``).
+        - output: a scalar, or row shape with ``reduction="none"``; float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError: an option is out of range or contradicts another.
+        RuntimeError: in training, the ranking that was asked for has nothing to rank by.
+
+    Example:
+        >>> import torch, softlabels
+        >>> model = torch.nn.Linear(4, 3)
+        >>> criterion = softlabels.BetaSmoothingLoss().attach(model)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> for _ in range(2):
+        ...     loss = criterion(model(torch.randn(8, 4)), torch.randint(3, (8,)))
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> criterion.teacher.num_updates
+        2
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, sec. 6.
+    """
+
+    options = (
+        "label_smoothing",
+        "alpha",
+        "concentration",
+        "ranking",
+        "rank_by",
+        "ema_decay",
+        "num_samples",
+        "global_ranking",
+        "generator",
+    )
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        label_smoothing: float = 0.15,
+        alpha: float = 0.4,
+        concentration: float | None = None,
+        ranking: str = "ema",
+        rank_by: str = "max",
+        ema_decay: float = 0.999,
+        num_samples: int | None = None,
+        global_ranking: bool = False,
+        generator: torch.Generator | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
+        _checks.check_number("label_smoothing", label_smoothing, low=0.0, high=1.0, high_open=True)
+        _checks.check_fraction("alpha", alpha)
+        if concentration is not None:
+            _checks.check_positive("concentration", concentration, infinite=True)
+        elif alpha < 1.0 and tuning.true_class_for(label_smoothing, 2) <= alpha:
+            raise ValueError(
+                f"label_smoothing={label_smoothing} asks for a true class below alpha={alpha}, the weight that it "
+                "always has; lower one of them"
+            )
+        _checks.check_choice("ranking", ranking, RANKINGS)
+        _checks.check_choice("rank_by", rank_by, RANK_BY)
+        _checks.check_number("ema_decay", ema_decay, low=0.0, high=1.0, high_open=True)
+        if ranking == "history" and (not isinstance(num_samples, int) or num_samples < 1):
+            raise ValueError(f"ranking='history' needs num_samples, the size of the training set, got {num_samples!r}")
+        if global_ranking:
+            raise NotImplementedError("global_ranking=True is not implemented yet; each process ranks its own rows")
+        self.label_smoothing = label_smoothing
+        self.alpha = alpha
+        self.concentration = concentration
+        self.ranking = ranking
+        self.rank_by = rank_by
+        self.ema_decay = ema_decay
+        self.num_samples = num_samples
+        self.global_ranking = global_ranking
+        self.generator = generator
+        if ranking == "history":
+            assert num_samples is not None
+            self.history = PredictionHistory(num_samples, ema_decay)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        confidence: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss; see the class for the arguments."""
+        _checks.check_input(input)
+        num_classes = input.shape[0 if input.dim() == 1 else 1]
+        concentration = self.concentration_for(num_classes)
+        common = self.common(sample_weight)
+        if concentration == float("inf"):
+            return two_level_loss(input, target, 1.0, **common)
+        if not self.in_training:
+            mean_draw = concentration / (concentration + 1.0)
+            return two_level_loss(input, target, self.alpha + (1.0 - self.alpha) * mean_draw, **common)
+        if confidence is None and self.ranking != "random":
+            _checks.check_target(input, target, self.ignore_index)
+            confidence = self._confidence(input, target, index)
+        elif self._attachment is not None:
+            self._attachment.forget()
+        return ranked_beta_smoothing_loss(
+            input,
+            target,
+            confidence,
+            alpha=self.alpha,
+            concentration=concentration,
+            generator=self.generator,
+            joint=self.global_ranking,
+            **common,
+        )
+
+    def concentration_for(self, num_classes: int) -> float:
+        """The parameter $a$ of Beta(a, 1) for this number of classes; infinity where nothing is smoothed.
+
+        Raises:
+            ValueError: with this many classes, ``label_smoothing`` leaves the true class no more than ``alpha``.
+        """
+        if self.alpha == 1.0 or num_classes <= 1:
+            return float("inf")
+        if self.concentration is not None:
+            return self.concentration
+        true_class = tuning.true_class_for(self.label_smoothing, num_classes)
+        if true_class <= self.alpha:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} with {num_classes} classes asks for a true class of "
+                f"{true_class:.4g} on average, but it always has at least alpha={self.alpha}; lower one of them"
+            )
+        return tuning.beta_concentration(true_class, self.alpha)
+
+    def make_teacher(self, model: nn.Module) -> nn.Module:
+        """Make an EMA of the model with this loss's decay."""
+        return EMATeacher(model, self.ema_decay)
+
+    def _confidence(self, input: Tensor, target: Tensor, index: Tensor | None) -> Tensor:
+        """Row-shaped score of the ranking that was asked for, higher for surer rows."""
+        if self.ranking == "ema":
+            return log_odds(self.ask_teacher(input, "confidence"), target, self.rank_by)
+        score = log_odds(input, target, self.rank_by)
+        if self.ranking == "batch":
+            return score
+        if index is None:
+            raise RuntimeError(
+                "BetaSmoothingLoss with ranking='history' needs the ids of the samples in the batch: pass index= to "
+                "the call, or confidence="
+            )
+        _checks.check_like_rows("index", index, input, score.shape)
+        kept = torch.ones_like(score, dtype=torch.bool)
+        if target.shape != input.shape:
+            kept = target.reshape(score.shape) != self.ignore_index
+        return self.history.rank_and_update(index, score, kept)

@@ -1,0 +1,190 @@
+"""The Mean Teacher: a copy of a model whose weights are an exponential moving average."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from softlabels.functional import _checks
+from softlabels.teachers.models import unwrap
+from softlabels.teachers.tap import remove_taps
+
+MODES = ("train", "eval")
+
+
+class EMATeacher(nn.Module):
+    r"""A copy of ``model`` whose parameters are an exponential moving average of the model's.
+
+    At the t-th update (t = 1, 2, ...), with $d_t = \min(1 - 1 / (t + 1), \mathtt{decay})$,
+
+    $$\theta' \leftarrow d_t\, \theta' + (1 - d_t)\, \theta.$$
+
+    Parameters of fewer than 32 bits are averaged in float32 (at a decay of 0.999 a bfloat16 average would never
+    move) and rounded for the forward pass. Frozen parameters are copied. The teacher never requires gradients and
+    keeps its own training mode whatever is done to the modules around it.
+
+    Args:
+        model: The model to follow. It is copied, without its gradients; wrappers of torch.compile and
+            DistributedDataParallel are looked through. The teacher holds no strong reference to it.
+        decay: The largest decay, in [0, 1).
+        mode: ``"train"``: forward passes use batch statistics and dropout, as in Mean Teacher, and buffers are the
+            teacher's own. ``"eval"``: they use running statistics, and buffers are copied from the model at each
+            update.
+
+    Shape:
+        As the model's: ``teacher(*args, **kwargs)`` returns what the model returns, without a graph. Randomness in
+        the pass, such as dropout, leaves the generators of torch as they were.
+
+    Raises:
+        ValueError: ``decay`` or ``mode`` is out of range, or the model has parameters that are not yet initialised.
+
+    Example:
+        >>> import torch
+        >>> from softlabels import EMATeacher
+        >>> model = torch.nn.Linear(4, 3)
+        >>> teacher = EMATeacher(model, decay=0.99)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.zero_()
+        >>> teacher.update()
+        >>> teacher.num_updates, teacher(torch.ones(2, 4)).shape
+        (1, torch.Size([2, 3]))
+
+    Reference:
+        Tarvainen & Valpola, *Mean teachers are better role models*, NeurIPS 2017.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999, *, mode: str = "train") -> None:
+        super().__init__()
+        _checks.check_number("decay", decay, low=0.0, high=1.0, high_open=True)
+        _checks.check_choice("mode", mode, MODES)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        source = unwrap(model)
+        for name, parameter in source.named_parameters():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"model has a parameter that is not initialised yet, {name!r}; run one forward pass before the "
+                    "teacher is made"
+                )
+        self.decay = decay
+        self.mode = mode
+        self.num_updates = 0
+        self._source: weakref.ref[nn.Module] | None = weakref.ref(source)
+        self._streams = 0  # teacher passes so far: the seed of each pass's own random stream
+        self.module = copy.deepcopy(source)
+        remove_taps(self.module)
+        self.module.requires_grad_(False)
+        self.module.zero_grad(set_to_none=True)
+        self.module.train(mode == "train")
+        self._make_accumulators()
+
+    @property
+    def source(self) -> nn.Module | None:
+        """The model that is followed, or None if it is gone."""
+        return None if self._source is None else self._source()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Average the model's present parameters in; call it after each optimizer step.
+
+        A teacher that is attached to a loss is updated by the loss and must not be updated by hand as well.
+
+        Raises:
+            RuntimeError: the model is gone, or has no longer the parameters that it was copied with.
+        """
+        source = self.source
+        if source is None:
+            raise RuntimeError(
+                "the model that this EMATeacher follows is gone (deleted, or the teacher was copied or unpickled)"
+            )
+        live = dict(source.named_parameters())
+        own = dict(self.module.named_parameters())
+        if live.keys() != own.keys():
+            changed = sorted(live.keys() ^ own.keys())
+            raise RuntimeError(f"the model's parameters have changed since the EMATeacher was made: {changed[:5]}")
+        self._follow_device(live)
+        self.num_updates += 1
+        decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay)
+        averages: list[Tensor] = []
+        values: list[Tensor] = []
+        for name, parameter in live.items():
+            average = self._accumulators.get(name, own[name])
+            if parameter.requires_grad:
+                averages.append(average)
+                values.append(parameter.detach().to(average.dtype))
+            else:
+                average.copy_(parameter)
+        if averages:
+            torch._foreach_mul_(averages, decay)
+            torch._foreach_add_(averages, values, alpha=1.0 - decay)
+        for name, average in self._accumulators.items():
+            own[name].copy_(average)
+        if self.mode == "eval":
+            buffers = dict(source.named_buffers())
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(buffers[name])
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the averaged model without a graph and without touching torch's random generators."""
+        if self.mode == "eval":
+            return self.module(*args, **kwargs)
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            torch.manual_seed(torch.initial_seed() ^ (0x5EED << 32 | self._streams))
+            self._streams += 1
+            return self.module(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> EMATeacher:
+        """Change nothing: the teacher's mode is chosen when it is made."""
+        return self
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"{type(self.module).__name__}, decay={self.decay}, mode={self.mode!r}, num_updates={self.num_updates}"
+
+    def __repr__(self) -> str:
+        return f"EMATeacher({self.extra_repr()})"
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what the checkpoint holds beside tensors: plain numbers."""
+        return {"num_updates": self.num_updates, "streams": self._streams}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what [`get_extra_state`][softlabels.EMATeacher.get_extra_state] returned."""
+        self.num_updates = int(state["num_updates"])
+        self._streams = int(state["streams"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_source": None}
+
+    @property
+    def _accumulators(self) -> dict[str, Tensor]:
+        """float32 averages of the parameters of fewer bits, by parameter name."""
+        return {name: self.get_buffer(buffer) for name, buffer in self._accumulator_names.items()}
+
+    def _make_accumulators(self) -> None:
+        self._accumulator_names: dict[str, str] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+                buffer = "average_" + name.replace(".", "__")
+                self.register_buffer(buffer, parameter.detach().float())
+                self._accumulator_names[name] = buffer
+
+    def _follow_device(self, live: dict[str, nn.Parameter]) -> None:
+        """Move to where the model has gone since it was copied."""
+        for name, own in self.module.named_parameters():
+            if own.device != live[name].device:
+                self.to(live[name].device)
+                return
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow moves between devices, but keep the model's dtypes and the float32 averages."""
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call, no-any-return]

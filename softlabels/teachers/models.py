@@ -1,0 +1,72 @@
+"""What is known about models from outside: the module inside a wrapper, and the logits inside an output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Output = str | int | Callable[[Any], Tensor] | None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's module inside torch.compile and DistributedDataParallel wrappers."""
+    while True:
+        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def check_output(output: object) -> None:
+    """``output`` is a key, an attribute name, a position, a callable or None."""
+    if output is not None and not isinstance(output, (str, int)) and not callable(output):
+        raise TypeError(f"output must be a key, an index, a callable or None, got {output!r}")
+
+
+def find_logits(result: Any, output: Output) -> Tensor:
+    """Logits in what a model returned.
+
+    Args:
+        result: A tensor; a mapping with ``"logits"`` or ``"out"``; an object with ``.logits``; or a tuple or list,
+            whose first tensor with dimensions counts.
+        output: A key or attribute name, an index, or a callable that takes ``result``; None searches as above.
+
+    Raises:
+        TypeError: nothing that could be logits was found.
+    """
+    found = _search(result) if output is None else _pick(result, output)
+    if isinstance(found, Tensor):
+        return found
+    raise TypeError(
+        f"no logits found in the model's output of type {type(result).__name__} with output={output!r}; say where they "
+        "are with attach(..., output=...): a key, an index, or a function of the output"
+    )
+
+
+def _pick(result: Any, output: str | int | Callable[[Any], Tensor]) -> Any:
+    if callable(output):
+        return output(result)
+    try:
+        return result[output]
+    except (TypeError, KeyError, IndexError):
+        return getattr(result, output, None) if isinstance(output, str) else None
+
+
+def _search(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, Mapping):
+        for name in ("logits", "out"):
+            if name in result:
+                return result[name]
+        return None
+    if hasattr(result, "logits"):
+        return result.logits
+    if isinstance(result, (tuple, list)):
+        return next((item for item in result if isinstance(item, Tensor) and item.dim()), None)
+    return None

@@ -1,0 +1,85 @@
+"""The tap: a forward pre-hook that keeps the inputs of a training forward pass until the loss asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class AutocastState(NamedTuple):
+    """Autocast of one device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+
+class Captured(NamedTuple):
+    """One forward pass: its inputs, and the autocast state that it ran under."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: tuple[AutocastState, ...]
+
+    @contextmanager
+    def autocast_state(self) -> Iterator[None]:
+        """Restore the autocast state of the pass."""
+        with ExitStack() as stack:
+            for device_type, enabled, dtype in self.autocast:
+                if enabled or torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled))
+            yield
+
+
+class InputTap:
+    """Callable for ``register_forward_pre_hook(..., with_kwargs=True)`` that keeps the latest training inputs.
+
+    A pass counts if the module is in training mode and grad is enabled. In a copy or a pickle of the model the hook
+    is inactive: it keeps nothing and knows no loss.
+    """
+
+    def __init__(self) -> None:
+        self._captured: Captured | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the inputs of a training pass."""
+        if module.training and torch.is_grad_enabled():
+            self._captured = Captured(args, kwargs, _autocast_states())
+
+    def take(self) -> Captured | None:
+        """Hand the inputs over and forget them."""
+        captured, self._captured = self._captured, None
+        return captured
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inactive_tap
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inactive, ()
+
+
+def inactive_tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Do nothing: what a tap becomes in a copy of its model."""
+
+
+def _make_inactive() -> Callable[..., None]:
+    return inactive_tap
+
+
+def remove_taps(model: nn.Module) -> None:
+    """Remove the inactive taps that a copied model carries."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is inactive_tap:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _autocast_states() -> tuple[AutocastState, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    types = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return tuple(AutocastState(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types)
