@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("softlabels", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("softlabels")
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """One thread (the suite runs in several processes) and known random numbers for every test."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

@@ -1,0 +1,219 @@
+"""Beta smoothing: its draws, its order, its average, and its options."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+import softlabels
+from softlabels.functional import beta_smoothing_loss, beta_smoothing_targets
+
+
+def draws(target, num_classes, confidence, *, alpha=0.0, concentration=3.0, seed=0):
+    """The b of each row, read off the soft labels at alpha = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    soft = beta_smoothing_targets(
+        target, num_classes, confidence, alpha=alpha, concentration=concentration, generator=generator
+    )
+    return soft.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+@pytest.mark.parametrize("concentration", [0.5, 1.0, 3.0, 20.0])
+def test_draws_follow_the_beta_distribution(ranked, concentration):
+    target = torch.zeros(20_000, dtype=torch.long)
+    confidence = torch.rand(20_000) if ranked else None
+    b = draws(target, 10, confidence, concentration=concentration)
+    assert stats.kstest(b.double().numpy(), stats.beta(concentration, 1).cdf).pvalue > 1e-3
+
+
+def test_every_order_statistic_follows_its_own_beta_distribution():
+    """The j-th smallest of m uniforms is Beta(j, m - j + 1): the joint distribution, not just the pooled one."""
+    m, batches = 5, 4000
+    target, confidence = torch.zeros(m, dtype=torch.long), torch.arange(m).float()
+    sample = torch.stack([draws(target, 3, confidence, concentration=1.0, seed=s) for s in range(batches)]).double()
+    for j in range(m):
+        assert stats.kstest(sample[:, j].numpy(), stats.beta(j + 1, m - j).cdf).pvalue > 1e-3
+
+
+def test_draws_are_comonotone_with_confidence():
+    confidence = torch.rand(500)
+    confidence[::7] = 0.5  # ties
+    b = draws(torch.zeros(500, dtype=torch.long), 4, confidence)
+    assert (b[confidence.argsort(stable=True)].diff() >= 0).all()
+
+
+def test_confidence_of_any_kind_orders():
+    target = torch.zeros(6, dtype=torch.long)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    for confidence in (order, order.double() / 10, -torch.exp(-order.float()), order.half()):
+        assert torch.equal(draws(target, 3, confidence).argsort(), order.argsort())
+    extreme = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1.0, -1.0])
+    b = draws(target, 3, extreme)
+    assert b.argmax() == 1
+    assert set(b.argsort()[:2].tolist()) == {2, 3}  # -inf and nan are both least sure
+
+
+def test_ignored_rows_do_not_take_part():
+    """Even an ignored row that is surest of all leaves the draws of the others as they are."""
+    logits = torch.zeros(6, 4)
+    target = torch.tensor([0, -100, 1, -100, 2, 3])
+    confidence = torch.tensor([0.3, 9.0, 0.1, torch.inf, 0.8, torch.inf])
+    kept = target >= 0
+
+    def losses(logits, target, confidence):
+        generator = torch.Generator().manual_seed(0)
+        return beta_smoothing_loss(logits, target, confidence, generator=generator, reduction="none")
+
+    logits[:, 0] = 2.0
+    torch.testing.assert_close(
+        losses(logits, target, confidence)[kept], losses(logits[kept], target[kept], confidence[kept])
+    )
+
+
+@pytest.mark.parametrize("ranking", ["batch", "random"])
+@pytest.mark.parametrize(("label_smoothing", "num_classes"), [(0.15, 10), (0.3, 3), (0.05, 100)])
+def test_soft_labels_average_to_label_smoothing(ranking, label_smoothing, num_classes):
+    """Against logits that are 0 but for the label, the loss reads the true-class mass off exactly."""
+    batches, m, alpha = 400, 32, 0.4
+    logits = torch.zeros(m, num_classes, dtype=torch.float64)
+    target = torch.randint(num_classes, (m,))
+    criterion = softlabels.BetaSmoothingLoss(label_smoothing=label_smoothing, alpha=alpha, ranking=ranking)
+    log_p_gap = 1.0  # log p_y - log p_other
+    logits[torch.arange(m), target] = log_p_gap
+    log_p = logits.log_softmax(1)
+    other = log_p[0].min()
+    # loss = -(log p_other + mass * gap), the mean of mass over the batch
+    mass = torch.stack([-criterion(logits, target) - other for _ in range(batches)]) / log_p_gap
+    wanted = 1 - label_smoothing + label_smoothing / num_classes
+    a = softlabels.tuning.beta_concentration(wanted, alpha)
+    error = (1 - alpha) * stats.beta(a, 1).std() / math.sqrt(batches * m)
+    assert abs(mass.mean() - wanted) < 4 * error
+
+
+@pytest.mark.parametrize("form", ["eval", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
+def test_evaluation_is_label_smoothing(form, label_smoothing):
+    logits, target = torch.randn(8, 5, dtype=torch.float64), torch.randint(5, (8,))
+    weight = torch.rand(5, dtype=torch.float64)
+    criterion = softlabels.BetaSmoothingLoss(weight, label_smoothing=label_smoothing)
+    if form == "eval":
+        got = criterion.eval()(logits, target)
+    else:
+        with getattr(torch, form)():
+            got = criterion(logits, target)
+    wanted = nn.CrossEntropyLoss(weight, label_smoothing=label_smoothing)(logits, target)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_evaluation_with_a_concentration_uses_the_mean_draw():
+    logits, target = torch.randn(8, 5, dtype=torch.float64), torch.randint(5, (8,))
+    criterion = softlabels.BetaSmoothingLoss(alpha=0.4, concentration=3.0).eval()
+    wanted = nn.CrossEntropyLoss(label_smoothing=softlabels.tuning.label_smoothing_for(0.85, 5))(logits, target)
+    torch.testing.assert_close(criterion(logits, target), wanted)
+
+
+def test_paper_settings():
+    criterion = softlabels.BetaSmoothingLoss(label_smoothing=softlabels.tuning.label_smoothing_for(0.85, 100))
+    assert criterion.concentration_for(100) == pytest.approx(3.0)
+    assert softlabels.BetaSmoothingLoss(alpha=1.0).concentration_for(10) == math.inf
+    assert softlabels.BetaSmoothingLoss(concentration=2.5).concentration_for(10) == 2.5
+
+
+def test_ranking_batch_orders_by_the_given_logits():
+    """The surest row gets the largest share of hard label: its soft label is nearest to one-hot."""
+    logits = torch.tensor([[1.0, 0.0, 0.0], [6.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+    target = torch.tensor([0, 0, 0])
+    for rank_by, order in (("max", [0, 2, 1]), ("true_class", [2, 0, 1])):
+        criterion = softlabels.BetaSmoothingLoss(ranking="batch", rank_by=rank_by, reduction="none")
+        confidence = torch.tensor([float(order.index(i)) for i in range(3)])
+        torch.manual_seed(0)
+        got = criterion(logits, target)
+        torch.manual_seed(0)
+        a = criterion.concentration_for(3)
+        wanted = beta_smoothing_loss(logits, target, confidence, concentration=a, reduction="none")
+        torch.testing.assert_close(got, wanted)
+
+
+def test_generator_is_the_only_source_of_randomness():
+    logits, target, confidence = torch.randn(6, 3), torch.randint(3, (6,)), torch.rand(6)
+    state = torch.get_rng_state()
+    for given in (confidence, None):
+        one, two = (
+            beta_smoothing_loss(logits, target, given, generator=torch.Generator().manual_seed(s)) for s in (1, 1)
+        )
+        other = beta_smoothing_loss(logits, target, given, generator=torch.Generator().manual_seed(2))
+        assert one == two != other
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    first = beta_smoothing_loss(logits, target, confidence)
+    assert beta_smoothing_loss(logits, target, confidence) != first
+    torch.manual_seed(1)
+    assert beta_smoothing_loss(logits, target, confidence) == first
+
+
+def test_targets_are_those_of_the_loss():
+    for shape, rows in (((6, 4), (6,)), ((2, 4, 3), (2, 3)), ((4,), ())):
+        logits = torch.randn(shape, dtype=torch.float64)
+        target, confidence = torch.randint(4, rows), torch.rand(rows)
+        for given in (confidence, None):
+            soft = beta_smoothing_targets(target, 4, given, generator=torch.Generator().manual_seed(0))
+            assert soft.shape == logits.shape
+            torch.testing.assert_close(soft.sum(0 if len(shape) == 1 else 1), torch.ones(rows))
+            loss = beta_smoothing_loss(logits, target, given, generator=torch.Generator().manual_seed(0))
+            torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, soft.double()), rtol=1e-6, atol=1e-6)
+
+
+def test_history_ranks_by_the_past_and_needs_no_second_pass():
+    criterion = softlabels.BetaSmoothingLoss(ranking="history", num_samples=10, ema_decay=0.9)
+    sure, unsure = [8.0, 0.0, 0.0], [0.1, 0.0, 0.0]
+    target, index = torch.zeros(2, dtype=torch.long), torch.tensor([3, 7])
+    criterion(torch.tensor([sure, unsure]), target, index=index)
+    seen = criterion.history.doubt.isfinite()
+    assert seen.nonzero().flatten().tolist() == [3, 7]
+    now = torch.tensor([unsure, sure])  # the model has changed its mind, the history not yet
+    generator = criterion.generator = torch.Generator().manual_seed(0)
+    past = criterion(now, target, index=index)
+    generator.manual_seed(0)
+    a = criterion.concentration_for(3)
+    wanted = beta_smoothing_loss(now, target, torch.tensor([1.0, 0.0]), concentration=a, generator=generator)
+    torch.testing.assert_close(past, wanted)
+    with pytest.raises(RuntimeError, match="pass index="):
+        criterion(now, target)
+    with pytest.raises(ValueError, match="index must have one value per row"):
+        criterion(now, target, index=torch.tensor([1]))
+    with pytest.raises(IndexError):
+        criterion(now, target, index=torch.tensor([1, 10]))
+
+
+def test_options_that_contradict_each_other():
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.9 .* alpha=0\.6"):
+        softlabels.BetaSmoothingLoss(label_smoothing=0.9, alpha=0.6)
+    criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.7, alpha=0.4, ranking="random")
+    criterion(torch.randn(4, 2), torch.tensor([0, 1, 1, 0]))  # 1 - 0.7 + 0.35 = 0.65 for two classes
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.7 with 100 classes .* 0\.307 .* alpha=0\.4"):
+        criterion(torch.randn(4, 100), torch.tensor([0, 1, 1, 0]))
+    with pytest.raises(ValueError, match="ranking='history' needs num_samples"):
+        softlabels.BetaSmoothingLoss(ranking="history")
+    with pytest.raises(ValueError, match="ranking must be one of 'ema', 'history', 'batch', 'random', got 'emma'"):
+        softlabels.BetaSmoothingLoss(ranking="emma")
+
+
+def test_unattached_ema_ranking_says_which_line_is_missing():
+    criterion = softlabels.BetaSmoothingLoss()
+    with pytest.raises(RuntimeError, match=r"criterion\.attach\(model\) once before the training loop.*confidence="):
+        criterion(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    criterion(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), confidence=torch.rand(4))
+    softlabels.BetaSmoothingLoss(label_smoothing=0.0)(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+
+
+def test_single_class():
+    logits = torch.randn(4, 1, requires_grad=True)
+    loss = softlabels.BetaSmoothingLoss(ranking="batch")(logits, torch.zeros(4, dtype=torch.long))
+    assert loss == 0
+    loss.backward()
+    assert logits.grad.eq(0).all()

@@ -1,0 +1,380 @@
+"""What every loss owes its user, switched on: the reference, gradients, masks, dtypes, transforms, and life as a module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import CASES, expected
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+each_loss = pytest.mark.parametrize("case", CASES, ids=repr)
+
+
+@st.composite
+def calls(draw):
+    """A valid call of any loss: shapes with a reason, masks, weights, both kinds of target."""
+    num_classes = draw(st.sampled_from([1, 2, 3, 5, 17]))  # 1 and 2 are edges, 17 is wider than a vector register
+    trailing = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
+    rows = draw(st.sampled_from([None, 0, 1, 2, 7]))  # None: no batch dimension
+    shape = (num_classes,) if rows is None else (rows, num_classes, *trailing)
+    row_shape = () if rows is None else (rows, *trailing)
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([0.0, 1.0, 8.0]))  # ties, ordinary, saturated
+    logits = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    options = {"reduction": draw(st.sampled_from(["mean", "sum", "none"]))}
+    if draw(st.booleans()):
+        target = torch.randint(num_classes, row_shape, generator=generator)
+        options["ignore_index"] = draw(st.sampled_from([-100, 0, 99]))
+        if options["ignore_index"] != 0:
+            ignored = torch.rand(row_shape, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))
+            target = torch.where(ignored, options["ignore_index"], target)
+    else:
+        target = torch.rand(shape, generator=generator, dtype=torch.float64)
+        target = target / target.sum(0 if rows is None else 1, keepdim=True)
+    if draw(st.booleans()):
+        options["weight"] = torch.rand(num_classes, generator=generator)
+    if draw(st.booleans()):
+        options["sample_weight"] = torch.rand(row_shape, generator=generator)
+    return logits, target, options
+
+
+@each_loss
+@given(call=calls())
+def test_equals_the_reference(case, call):
+    logits, target, options = call
+    got = case.call(logits, target, **options)
+    wanted = expected(case, logits, target, **options)
+    assert got.shape == wanted.shape
+    assert got.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    tolerance = 1e-10 if logits.dtype == torch.float64 and "weight" not in options else 2e-5
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@each_loss
+@given(call=calls())
+def test_module_equals_functional(case, call):
+    logits, target, options = call
+    got = case.call_module(logits.requires_grad_(), target, **options)
+    torch.testing.assert_close(got, case.call(logits, target, **options), rtol=0, atol=0)
+
+
+@each_loss
+def test_targets_of_one_hot_probabilities_equal_indices(case):
+    logits = torch.randn(7, 5, dtype=torch.float64)
+    target = torch.randint(5, (7,))
+    one_hot = nn.functional.one_hot(target, 5).double()
+    weight = torch.rand(5, dtype=torch.float64)  # pytorch #107680: the same rows, though the means divide differently
+    for reduction in ("sum", "none"):
+        a = case.call(logits, target, weight=weight, reduction=reduction)
+        b = case.call(logits, one_hot, weight=weight, reduction=reduction)
+        torch.testing.assert_close(a, b)
+    mean = case.call(logits, target, weight=weight) * weight[target].sum()
+    torch.testing.assert_close(mean, case.call(logits, one_hot, weight=weight) * 7)
+
+
+@each_loss
+def test_masked_equals_subset(case):
+    """Ignored rows are in no mean, rank, draw or normalisation (pytorch #73205)."""
+    logits = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, -100, 2, 3, -100, 4, 1, 0, -100])
+    kept = target != -100
+    extras = case.extras(logits)
+    sample_weight = torch.rand(9)
+    for common in ({}, {"sample_weight": sample_weight}):
+        subset = {k: v[kept] for k, v in {**extras, **common}.items()}
+        whole = case.call(logits, target, **extras, **common)
+        part = case.call(logits[kept], target[kept], **subset)
+        torch.testing.assert_close(whole, part)
+        (grad,) = torch.autograd.grad(whole, logits)
+        assert grad[~kept].eq(0).all()
+        (part_grad,) = torch.autograd.grad(part, logits)
+        torch.testing.assert_close(grad, part_grad)
+
+
+@each_loss
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_to_learn_from_is_zero_with_a_live_graph(case, rows, reduction):
+    """pytorch #70348 gives nan, torchtune #2341 a constant."""
+    logits = torch.randn(rows, 5, requires_grad=True)
+    target = torch.full((rows,), -100)
+    for options in ({}, {"weight": torch.rand(5)}, {"sample_weight": torch.rand(rows)}):
+        loss = case.call(logits, target, reduction=reduction, **options)
+        assert loss.eq(0).all()
+        assert loss.requires_grad
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        assert grad.eq(0).all()
+    probabilities = torch.zeros(0, 5)
+    loss = case.call(torch.randn(0, 5, requires_grad=True), probabilities, reduction=reduction)
+    assert loss.eq(0).all()
+    assert loss.requires_grad
+    zero_weights = case.call(logits, torch.zeros(rows, dtype=torch.long), sample_weight=torch.zeros(rows))
+    assert zero_weights == 0
+
+
+@each_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_permuting_rows_permutes_results(case, reduction):
+    logits, target = torch.randn(6, 5), torch.randint(5, (6,))
+    extras = case.extras(logits)
+    order = torch.randperm(6)
+    before = case.call(logits, target, reduction=reduction, **extras)
+    after = case.call(logits[order], target[order], reduction=reduction, **{k: v[order] for k, v in extras.items()})
+    torch.testing.assert_close(after, before[order] if reduction == "none" else before)
+
+
+@each_loss
+def test_dense_equals_its_rows(case):
+    logits, target = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
+    target[0, 0, 0] = -100
+    rows = logits.movedim(1, -1).reshape(-1, 5)
+    extras = case.extras(logits)
+    flat = {k: v.movedim(1, -1).reshape(-1, 5) if v.shape == logits.shape else v.flatten() for k, v in extras.items()}
+    dense = case.call(logits, target, reduction="none", **extras)
+    torch.testing.assert_close(dense.flatten(), case.call(rows, target.flatten(), reduction="none", **flat))
+    channels_last = logits.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(case.call(channels_last, target, reduction="none", **extras), dense)
+
+
+@each_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_gradcheck(case, reduction, kind):
+    """First and second derivatives, with any incoming gradient (Liger #968)."""
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    if kind == "index":
+        target = torch.tensor([0, 2, -100, 1])
+    else:
+        target = torch.rand(4, 3, dtype=torch.float64).softmax(1).requires_grad_()
+    weight = torch.rand(3, dtype=torch.float64)
+
+    def loss(logits, target):
+        return case.call(logits, target, reduction=reduction, weight=weight)
+
+    assert torch.autograd.gradcheck(loss, (logits, target))
+    assert torch.autograd.gradgradcheck(loss, (logits, target))
+
+
+@each_loss
+def test_retain_graph_and_two_backwards(case):
+    logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, 1, 1])
+    loss = case.call(logits, target)
+    loss.backward(retain_graph=True)
+    first = logits.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(logits.grad, 2 * first, rtol=0, atol=0)
+
+
+@each_loss
+def test_func_grad_and_vmap(case):
+    """Per-sample gradients and ensembles: the loss of every slice at once equals the loss of each slice."""
+    logits, target = torch.randn(6, 4, 3), torch.randint(3, (6, 4))
+    extras = case.extras(logits[0])
+    names = list(extras)
+
+    def loss(logits, target, *values):
+        options = dict(zip(names, values, strict=True))
+        return case.functional(logits, target, **case.on, **options)
+
+    gradient = torch.func.grad(loss)
+    stacked = [value.expand(6, *value.shape) for value in extras.values()]
+    randomness = "same" if case.argument == "confidence" else "error"
+    torch.manual_seed(3)
+    batched = torch.func.vmap(gradient, randomness=randomness)(logits, target, *stacked)
+    for i in range(6):
+        torch.manual_seed(3)
+        torch.testing.assert_close(batched[i], gradient(logits[i], target[i], *extras.values()))
+    rows = torch.func.vmap(loss, randomness="same")(logits[:, 0], target[:, 0], *[v[:, 0] for v in stacked])
+    assert rows.shape == (6,)
+    assert rows.isfinite().all()
+
+
+@each_loss
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_arguments_are_left_alone(case, kind):
+    """By value and by version counter (transformers #13464 wrote into the labels)."""
+    logits = torch.randn(4, 3, requires_grad=True)
+    target = torch.tensor([0, -100, 1, 2]) if kind == "index" else torch.rand(4, 3).softmax(1)
+    passed = {"weight": torch.rand(3), "sample_weight": torch.rand(4), **case.extras(logits)}
+    passed = {name: value.to(torch.float32) for name, value in passed.items()}
+    tensors = {"input": logits, "target": target, **passed}
+    before = {name: (value.detach().clone(), value._version) for name, value in tensors.items()}
+    case.call(logits, target, **passed).backward()
+    for name, (value, version) in before.items():
+        assert torch.equal(tensors[name].detach(), value), name
+        assert tensors[name]._version == version, name
+
+
+@each_loss
+def test_no_gradient_reaches_the_teacher(case):
+    if case.argument != "teacher_logits":
+        pytest.skip("no teacher")
+    teacher_logits = torch.randn(4, 3, requires_grad=True)
+    loss = case.call(torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, 1, 1]), teacher_logits=teacher_logits)
+    loss.backward()
+    assert teacher_logits.grad is None
+
+
+@each_loss
+@pytest.mark.parametrize(("rows", "num_classes"), [(2000, 1000), (3, 70_000)])  # more than 65504 in a sum; in a count
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(case, rows, num_classes, dtype):
+    """transformers #10674: the smoothing sum over classes overflows fp16."""
+    logits = (4 * torch.randn(rows, num_classes)).to(dtype).requires_grad_()
+    target = torch.randint(num_classes, (rows,))
+    loss = case.call(logits, target)
+    wanted = case.call(logits.detach().double(), target, **case.extras(logits.detach()))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    assert logits.grad.dtype == dtype
+    assert logits.grad.isfinite().all()
+
+
+@each_loss
+def test_masked_class_costs_nothing(case):
+    """optax #896: logit -inf with no mass on it. Where the loss does put mass there, it is infinite, as it must be."""
+    logits = torch.randn(3, 4, dtype=torch.float64)
+    logits[:, 3] = -torch.inf
+    logits.requires_grad_()
+    target = torch.tensor([0, 1, 2])
+    one_hot = nn.functional.one_hot(target, 4).double()
+    extras = case.extras(logits.detach())
+    if case.argument == "teacher_logits":
+        extras["teacher_logits"][:, 3] = -torch.inf  # a teacher that excludes the class too
+    smooths = case.name in ("beta_smoothing", "label_smoothing_map", "dirichlet_map-uniform")
+    for labels in (target, one_hot):
+        for off in (False, True):
+            loss = case.call(logits, labels, off=off, **extras)
+            if smooths and not off:
+                assert loss == torch.inf
+                weight = torch.tensor([1.0, 1.0, 1.0, 0.0])  # weight 0 takes the mass off the class again
+                loss = case.call(logits, labels, weight=weight, **extras)
+            assert loss.isfinite()
+            (grad,) = torch.autograd.grad(loss, logits)
+            assert grad.isfinite().all()
+            assert grad[:, 3].eq(0).all()
+
+
+@each_loss
+def test_extreme_logits(case):
+    for scale in (1e4, 3e4):
+        logits = (scale * torch.randn(4, 5).sign()).requires_grad_()
+        loss = case.call(logits, torch.tensor([0, 1, 2, 3]))
+        loss.backward()
+        assert loss.isfinite()
+        assert logits.grad.isfinite().all()
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_float32(case, dtype):
+    logits, target = torch.randn(8, 5), torch.randint(5, (8,))
+    wanted = case.call(logits, target)
+    with torch.autocast("cpu", dtype=dtype):
+        torch.testing.assert_close(case.call(logits, target), wanted, rtol=0, atol=0)
+        low = case.call(logits.to(dtype), target, **case.extras(logits))
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, case.call(logits.to(dtype), target, **case.extras(logits)), rtol=0, atol=0)
+
+
+@each_loss
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_compile_traces_without_a_break(case, kind):
+    torch.compiler.reset()
+    logits = torch.randn(8, 5, requires_grad=True)
+    target = torch.randint(5, (8,)) if kind == "index" else torch.rand(8, 5).softmax(1)
+    options = {**case.on, **case.extras(logits), "weight": torch.rand(5), "sample_weight": torch.rand(8)}
+    compiled = torch.compile(case.functional, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(5)
+    wanted = case.functional(logits, target, **options)
+    torch.manual_seed(5)
+    got = compiled(logits, target, **options)
+    torch.testing.assert_close(got, wanted)
+    (wanted_grad,) = torch.autograd.grad(wanted, logits)
+    (got_grad,) = torch.autograd.grad(got, logits)
+    torch.testing.assert_close(got_grad, wanted_grad)
+
+
+@each_loss
+@pytest.mark.filterwarnings("ignore:.*weights_only=False:FutureWarning")
+def test_copies_pickles_and_state_dicts(case):
+    criterion = case.make(weight=torch.rand(5), ignore_index=2, reduction="sum")
+    logits, target = torch.randn(6, 5, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, 0])
+    extras = case.extras(logits)
+    if case.argument == "confidence":
+        criterion.generator = None  # a generator cannot be pickled; its state belongs to the user
+
+    def value(loss):
+        torch.manual_seed(0)
+        return loss(logits, target, **extras)
+
+    wanted = value(criterion)
+    buffer = io.BytesIO()
+    torch.save(criterion, buffer)
+    buffer.seek(0)
+    for twin in (
+        copy.deepcopy(criterion),
+        pickle.loads(pickle.dumps(criterion)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert repr(twin) == repr(criterion)
+        assert torch.equal(value(twin), wanted)
+    fresh = case.make(weight=torch.zeros(5), ignore_index=2, reduction="sum")
+    if case.argument == "confidence":
+        fresh.generator = None
+    buffer = io.BytesIO()
+    torch.save(criterion.state_dict(), buffer)
+    buffer.seek(0)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(value(fresh), wanted)
+
+
+@each_loss
+def test_to_moves_the_class_weights(case):
+    criterion = case.make(weight=torch.rand(5))
+    assert criterion.to(torch.float64).weight.dtype == torch.float64
+    assert criterion.to("meta").weight.device.type == "meta"
+    assert not list(criterion.parameters())
+
+
+@each_loss
+def test_repr_shows_what_was_set(case):
+    criterion = case.make(weight=torch.rand(5), ignore_index=255, reduction="none")
+    text = repr(criterion)
+    assert text.startswith(case.module.__name__ + "(")
+    for name, value in case.on.items():
+        assert f"{name}={value!r}" in text
+    assert "weight=<5 classes" in text
+    assert "ignore_index=255" in text
+    assert "reduction='none'" in text
+
+
+@each_loss
+def test_wrong_extra_arguments_are_named(case):
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(ValueError, match=r"sample_weight .* shape \(4,\) for input of shape \(4, 3\), got .*\(3,\)"):
+        case.call(logits, target, sample_weight=torch.ones(3))
+    with pytest.raises(TypeError, match="sample_weight must be a Tensor"):
+        case.call(logits, target, sample_weight=[1.0] * 4)
+    if case.argument is None:
+        return
+    with pytest.raises(ValueError, match=rf"{case.argument} .*\(4, .*got .*\(5, 7\)"):
+        case.call(logits, target, **{case.argument: torch.randn(5, 7)})
+    with pytest.raises(TypeError, match=f"{case.argument} must be a Tensor, got list"):
+        case.call(logits, target, **{case.argument: [1.0]})
+    with pytest.raises(RuntimeError, match=f"{case.argument} is on meta but input is on cpu"):
+        case.call(logits, target, **{case.argument: torch.randn(4, 3, device="meta")})
+
+
+@each_loss
+def test_uint8_labels(case):
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(case.call(logits, target.to(torch.uint8)), case.call(logits, target), rtol=0, atol=0)

@@ -1,0 +1,163 @@
+"""Every loss again, slow and plain: float64, loops, one equation number per line.
+
+Rows only: logits are (N, K) nested sequences of floats, targets are class indices or rows of K label masses. Nothing
+here is shared with the package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Row = Sequence[float]
+Label = int | Row
+
+
+def log_softmax(logits: Row) -> list[float]:
+    largest = max(logits)
+    log_sum = largest + math.log(sum(math.exp(x - largest) for x in logits))
+    return [x - log_sum for x in logits]
+
+
+def softmax(logits: Row) -> list[float]:
+    return [math.exp(x) for x in log_softmax(logits)]
+
+
+def label_mass(label: Label, num_classes: int) -> list[float]:
+    if isinstance(label, int):
+        return [1.0 if c == label else 0.0 for c in range(num_classes)]
+    return [float(x) for x in label]
+
+
+def soft_cross_entropy(soft_label: Row, logits: Row, class_weight: Row) -> float:
+    """Eq. 1 with any label mass: -sum_c w_c t_c log p_c, where 0 * log 0 is 0."""
+    log_p = log_softmax(logits)
+    return -sum(w * t * lp for w, t, lp in zip(class_weight, soft_label, log_p, strict=True) if w * t != 0)
+
+
+def mean_weight(label: Label, class_weight: Row) -> float:
+    """What a row counts in torch's mean: the class weight of an index, 1 for class probabilities."""
+    return class_weight[label] if isinstance(label, int) else 1.0
+
+
+def order_statistics(uniforms: Row, count: int) -> list[float]:
+    """The ``count`` ascending uniforms made of ``count + 1`` exponentials (NOTES: sorted uniforms need no sort)."""
+    exponentials = [-math.log(1.0 - u) for u in uniforms[: count + 1]]
+    total = sum(exponentials)
+    return [sum(exponentials[: i + 1]) / total for i in range(count)]
+
+
+def beta_draws(uniforms: Row, confidence: Row | None, kept: Sequence[bool], concentration: float) -> list[float]:
+    """Sec. 6: sorted Beta(a, 1) draws, handed out by confidence; rows that are not kept get none (0)."""
+    if confidence is None:
+        return [u ** (1.0 / concentration) for u in uniforms]
+    rows = sorted((i for i in range(len(kept)) if kept[i]), key=lambda i: confidence[i])
+    draws = [0.0] * len(kept)
+    for row, u in zip(rows, order_statistics(uniforms, len(rows)), strict=True):
+        draws[row] = u ** (1.0 / concentration)
+    return draws
+
+
+def beta_smoothing(logits: Row, label: Label, class_weight: Row, draw: float, alpha: float) -> float:
+    k = len(logits)
+    y = label_mass(label, k)
+    off = (1 - draw) / (k - 1) if k > 1 else 0.0  # sec. 6: mass of every class but the true one
+    noise = [off + (draw - off) * y_c if k > 1 else 1.0 for y_c in y]
+    soft = [alpha * y_c + (1 - alpha) * n_c for y_c, n_c in zip(y, noise, strict=True)]  # Eq. 3, noise for the teacher
+    return soft_cross_entropy(soft, logits, class_weight)
+
+
+def pruned_softmax(teacher: Row, temperature: float, prune: float) -> list[float]:
+    """App. 9.7: softmax over the surest classes alone; of equal ones the first."""
+    k = len(teacher)
+    keep = k - int(prune * k + 1e-9)
+    kept = sorted(range(k), key=lambda c: (-teacher[c], c))[:keep]
+    probabilities = softmax([teacher[c] / temperature for c in kept])
+    return [probabilities[kept.index(c)] if c in kept else 0.0 for c in range(k)]
+
+
+def self_distillation(
+    logits: Row,
+    label: Label,
+    class_weight: Row,
+    teacher: Row,
+    alpha: float,
+    temperature: float,
+    scale_student: bool = False,
+    prune: float = 0.0,
+) -> float:
+    q = pruned_softmax(teacher, temperature, prune)
+    hard = soft_cross_entropy(label_mass(label, len(logits)), logits, class_weight)  # Eq. 1
+    if scale_student:  # App. 9.2, with the T^2 of Hinton et al.
+        soft = temperature**2 * soft_cross_entropy(q, [x / temperature for x in logits], class_weight)
+    else:
+        soft = soft_cross_entropy(q, logits, class_weight)  # Eq. 2
+    return alpha * hard + (1 - alpha) * soft  # Eq. 3
+
+
+def strengths(teachers: Sequence[Row], kept: Sequence[bool], temperature: float, sample_weighting: str) -> list[float]:
+    """The row weights s_i of Eq. 9."""
+    if sample_weighting == "none":
+        return [1.0] * len(teachers)
+    if sample_weighting == "exact":
+        return [sum(math.exp(f / temperature) for f in row) for row in teachers]
+    values = []
+    for row in teachers:
+        possible = [f for f in row if f > -math.inf]
+        centre = sum(possible) / len(possible)
+        values.append(sum(math.exp((f - centre) / temperature) for f in row))
+    mean = sum(v for v, k in zip(values, kept, strict=True) if k) / max(sum(kept), 1)
+    return [v / mean if k else 0.0 for v, k in zip(values, kept, strict=True)]
+
+
+def dirichlet_map(
+    logits: Row,
+    label: Label,
+    class_weight: Row,
+    teacher: Row,
+    strength: float,
+    beta: float,
+    temperature: float,
+    gamma: float,
+) -> float:
+    prior = [beta * strength * q + gamma for q in softmax([f / temperature for f in teacher])]  # Eq. 8 as in Eq. 9
+    regulariser = [max(a - 1.0, 0.0) for a in prior]  # App. 9.7: negative coefficients prune
+    counts = label_mass(label, len(logits))
+    return soft_cross_entropy(counts, logits, class_weight) + soft_cross_entropy(  # Eq. 6
+        regulariser, logits, class_weight
+    )
+
+
+def label_smoothing_map(logits: Row, label: Label, class_weight: Row, beta: float) -> float:
+    k = len(logits)
+    likelihood = soft_cross_entropy(label_mass(label, k), logits, class_weight)
+    return likelihood + beta * soft_cross_entropy([1.0 / k] * k, logits, class_weight)  # Eq. 7
+
+
+def confidence_penalty(logits: Row, label: Label, class_weight: Row, beta: float) -> float:
+    y = label_mass(label, len(logits))
+    log_p = log_softmax(logits)
+    entropy = -sum(math.exp(lp) * lp for lp in log_p if lp > -math.inf)
+    row_weight = sum(w * y_c for w, y_c in zip(class_weight, y, strict=True))
+    return soft_cross_entropy(y, logits, class_weight) - beta * row_weight * entropy  # App. 9.1, L_PU per sample
+
+
+def reduce(
+    losses: Sequence[float],
+    labels: Sequence[Label],
+    class_weight: Row,
+    sample_weight: Row,
+    kept: Sequence[bool],
+    reduction: str,
+) -> list[float] | float:
+    """torch's reductions over the kept rows, with row weights; nothing to learn from is 0."""
+    rows = [s * x if k else 0.0 for x, s, k in zip(losses, sample_weight, kept, strict=True)]
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return sum(rows)
+    weights = [
+        s * mean_weight(label, class_weight) if k else 0.0
+        for label, s, k in zip(labels, sample_weight, kept, strict=True)
+    ]
+    return sum(rows) / sum(weights) if sum(weights) else 0.0
