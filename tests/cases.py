@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import reference
 import torch
 from torch import Tensor, nn
 
-import reference
 import softlabels
 from softlabels import functional
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
-from typing_extensions import Self
 
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import Attachment, EMATeacher
 from softlabels.teachers.models import Output
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TEACHER = "teacher."
 

@@ -124,8 +124,6 @@ class BetaSmoothingLoss(AttachableLoss):
         _checks.check_number("ema_decay", ema_decay, low=0.0, high=1.0, high_open=True)
         if ranking == "history" and (not isinstance(num_samples, int) or num_samples < 1):
             raise ValueError(f"ranking='history' needs num_samples, the size of the training set, got {num_samples!r}")
-        if global_ranking:
-            raise NotImplementedError("global_ranking=True is not implemented yet; each process ranks its own rows")
         self.label_smoothing = label_smoothing
         self.alpha = alpha
         self.concentration = concentration

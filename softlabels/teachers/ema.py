@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from softlabels.functional import _checks
 from softlabels.teachers.models import unwrap
 from softlabels.teachers.tap import remove_taps
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MODES = ("train", "eval")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -14,8 +13,9 @@ Output = str | int | Callable[[Any], Tensor] | None
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's module inside torch.compile and DistributedDataParallel wrappers."""
     while True:
-        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-            model = model._orig_mod
+        compiled = getattr(model, "_orig_mod", None)  # torch.compile's wrapper; its class lives in a slow import
+        if isinstance(compiled, nn.Module):
+            model = compiled
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         else:

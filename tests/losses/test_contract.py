@@ -1,4 +1,4 @@
-"""What every loss owes its user, switched on: the reference, gradients, masks, dtypes, transforms, and life as a module."""
+"""What every loss owes its user, switched on: the reference, gradients, masks, dtypes, transforms, copies."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import lambertw
 
-import reference
 import softlabels
 from softlabels.functional import (
     confidence_penalty_loss,

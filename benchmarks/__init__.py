@@ -1,0 +1,1 @@
+"""Benchmarks: the paper's experiments. Not part of the installed package."""
