@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,23 @@ def bar_chart(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def provenance(command: str) -> dict[str, str]:
     """What made the numbers: command, versions, hardware."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "command": command,
         "softlabels": softlabels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "hardware": device,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
     }
+
+
+def cpu_name() -> str:
+    """Model and number of usable cores of this machine's processor."""
+    model = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{os.cpu_count()} cores of {model}"
 
 
 def save(out: Path, title: str, config: dict[str, Any], records: list[dict[str, Any]], command: str) -> str:

@@ -1,0 +1,62 @@
+"""The README's code runs, its commands are those that CI runs, and its numbers are the committed ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import softlabels
+from softlabels import functional, tuning
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_readme_code_runs():
+    code = blocks(README, "python")
+    assert len(code) == 4
+    namespace = {}
+    for block in code:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    commands = "".join(blocks(README, "bash"))
+    script = (ROOT / ".ci" / "run").read_text()
+    for line in (
+        'pip install -e ".[dev]" && pytest',
+        'pip install -e ".[benchmarks]" && python -m benchmarks.paper comparison',
+    ):
+        assert line in commands
+    assert "README.md" in script  # it takes the test command from there
+
+
+def test_readme_numbers_are_the_committed_ones():
+    table = (ROOT / "benchmarks/results/paper/digits-comparison/table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) == 7
+    for row in rows:
+        assert row in README
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/differences.md"])
+def test_relative_links_resolve(name):
+    path = ROOT / name
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_api_page_is_complete():
+    page = (ROOT / "docs/api.md").read_text()
+    names = [f"softlabels.{n}" for n in softlabels.__all__ if n not in ("__version__", "functional", "tuning")]
+    names += [f"softlabels.functional.{n}" for n in functional.__all__]
+    for name in names:
+        assert f"::: {name}\n" in page, name
+    for name in tuning.__all__:
+        assert name in page
