@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 import zipfile
@@ -92,9 +93,28 @@ def test_version_is_in_one_place():
     assert f"[{softlabels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_wheel_holds_the_package_and_nothing_else(tmp_path):
+TRAIN = """
+import torch, softlabels
+print(softlabels.__file__)
+model = torch.nn.Linear(20, 5)
+criterion = softlabels.BetaSmoothingLoss().attach(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+x = torch.randn(64, 20)
+y = x[:, :5].argmax(1)
+for step in range(30):
+    loss = criterion(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    first = loss.item() if step == 0 else first
+assert loss.item() < first
+"""
+
+
+def test_wheel_holds_the_package_and_nothing_else_and_trains(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
@@ -102,3 +122,14 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert "softlabels/py.typed" in names
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "softlabels").rglob("*.py")}
     assert sources <= set(names)
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    trained = subprocess.run(
+        [sys.executable, "-c", TRAIN],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.startswith(str(tmp_path / "site"))
