@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +35,7 @@ class AttachableLoss(SoftLabelLoss):
         optimizer: Optimizer | None = None,
         teacher: nn.Module | None = None,
         output: Output = None,
+        teacher_inputs: Callable[..., Any] | None = None,
     ) -> Self:
         """Let the loss see what ``model`` sees; call it once, before the training loop.
 
@@ -51,6 +54,8 @@ class AttachableLoss(SoftLabelLoss):
                 [`EMATeacher`][softlabels.EMATeacher]. None: a new EMATeacher of ``model``.
             output: How to find the logits in what model and teacher return: a key or attribute name, an index, or a
                 function. Tensors, tuples (first tensor), ``"logits"``, ``"out"`` and ``.logits`` need none.
+            teacher_inputs: For a teacher that takes other inputs than the model: a function of the model's arguments
+                that returns the teacher's, as a tuple of positional or a dict of keyword arguments, or as one value.
 
         Returns:
             The loss itself.
@@ -72,7 +77,7 @@ class AttachableLoss(SoftLabelLoss):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         teacher = self.make_teacher(model) if teacher is None else teacher
-        self._attachment = Attachment(model, teacher, optimizer, output)
+        self._attachment = Attachment(model, teacher, optimizer, output, teacher_inputs)
         if isinstance(teacher, EMATeacher):
             self.add_module("teacher", teacher)
             if self._awaited:
@@ -119,8 +124,8 @@ class AttachableLoss(SoftLabelLoss):
         if logits is None:
             raise RuntimeError(
                 f"{name} is attached to a model that has made no training forward pass since the loss was last "
-                "called. Call the attached model itself (not an inner module, nor a wrapper made after attach), in "
-                f"training mode with grad enabled, once per loss; or pass {given}= to the call"
+                "called. Call the attached model itself, in training mode with grad enabled, once per loss (if the "
+                f"model was compiled and run before attach, attach the compiled wrapper); or pass {given}= to the call"
             )
         return logits
 
@@ -128,6 +133,9 @@ class AttachableLoss(SoftLabelLoss):
     def in_training(self) -> bool:
         """Whether the loss acts on the batch: in training mode with grad enabled."""
         return self.training and torch.is_grad_enabled()
+
+    def _warn_missing(self, what: str, consequence: str) -> None:
+        warnings.warn(f"the checkpoint has no {what} for {type(self).__name__}; {consequence}", stacklevel=2)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self._attachment is not None:
@@ -146,13 +154,19 @@ class AttachableLoss(SoftLabelLoss):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        teacher = prefix + TEACHER
+        own = {key: value for key, value in state_dict.items() if key.startswith(teacher)}
+        if "teacher" not in self._modules:
+            self._awaited = {key[len(teacher) :]: value for key, value in own.items()}
+            for key in own:
+                del state_dict[key]
+        elif not own and isinstance(self.teacher, EMATeacher):
+            self._warn_missing("EMA teacher", "its average restarts from the model's present weights")
+            self.teacher.restart()
+            state_dict.update({teacher + key: value for key, value in self.teacher.state_dict().items()})
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        teacher = prefix + TEACHER
-        if "teacher" not in self._modules:
-            self._awaited = {k[len(teacher) :]: v for k, v in state_dict.items() if k.startswith(teacher)}
-            unexpected_keys[:] = [key for key in unexpected_keys if not key.startswith(teacher)]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not attached; an EMA teacher's state waits in it for the copy's own attach."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from softlabels.ranking import PredictionHistory, log_odds
 from softlabels.ranking.scores import RANK_BY
 from softlabels.teachers import EMATeacher
 
+GENERATOR = "generator_state"
 RANKINGS = ("ema", "history", "batch", "random")
 
 
@@ -193,6 +196,25 @@ class BetaSmoothingLoss(AttachableLoss):
     def make_teacher(self, model: nn.Module) -> nn.Module:
         """Make an EMA of the model with this loss's decay."""
         return EMATeacher(model, self.ema_decay)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.generator is not None:
+            destination[prefix + GENERATOR] = self.generator.get_state()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.generator is not None:
+            state = state_dict.pop(prefix + GENERATOR, None)
+            if state is None:
+                self._warn_missing("generator state", "its generator goes on from where it is")
+            else:
+                self.generator.set_state(state.cpu())
+        history = prefix + "history.doubt"
+        if self.ranking == "history" and history not in state_dict:
+            self._warn_missing("prediction history", "it restarts empty")
+            self.history.doubt.fill_(torch.nan)
+            state_dict[history] = self.history.doubt
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _confidence(self, input: Tensor, target: Tensor, index: Tensor | None) -> Tensor:
         """Row-shaped score of the ranking that was asked for, higher for surer rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from softlabels.teachers.clock import StepClock
 from softlabels.teachers.ema import EMATeacher
-from softlabels.teachers.models import Output, check_output, find_logits, unwrap
+from softlabels.teachers.models import Output, check_output, check_supported, find_logits, unwrap
 from softlabels.teachers.tap import InputTap
 
 
@@ -25,9 +26,18 @@ class Attachment:
             eval mode and never updated.
         optimizer: The optimizer whose steps count for the EMA; None: all that own parameters of ``model``.
         output: Where the logits are in what model and teacher return, see [`find_logits`][].
+        teacher_inputs: Function of the model's inputs that returns the teacher's: a tuple of positional or a dict of
+            keyword arguments, or one argument. None: the same inputs.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, optimizer: Optimizer | None, output: Output) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        optimizer: Optimizer | None,
+        output: Output,
+        teacher_inputs: Callable[..., Any] | None = None,
+    ) -> None:
         check_output(output)
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -35,29 +45,48 @@ class Attachment:
             raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
         if unwrap(teacher) is unwrap(model):
             raise ValueError("teacher is the model itself; pass a copy, or leave teacher out for an EMA of the model")
+        check_supported(model)
+        if teacher_inputs is not None and not callable(teacher_inputs):
+            raise TypeError(f"teacher_inputs must be callable, got {type(teacher_inputs).__name__}")
         self.teacher = teacher
         self._output = output
+        self._teacher_inputs = teacher_inputs
         self._tap = InputTap()
         self._clock: StepClock | None = None
         if isinstance(teacher, EMATeacher):
             if teacher.source is unwrap(model):
-                self._clock = StepClock(unwrap(model), teacher.update, optimizer)
+                self._clock = teacher.follow_steps(optimizer)
         else:
             teacher.eval()
         self._hook = model.register_forward_pre_hook(self._tap, with_kwargs=True)
         weakref.finalize(self, self._hook.remove)
+        self._release = weakref.finalize(model, _forget, weakref.ref(self._tap))
 
     def teacher_logits(self, input: Tensor) -> Tensor | None:
         """What the teacher says of the inputs of the model's latest training pass, which are then forgotten.
 
         None if there was no such pass since the last call.
         """
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(
+                "softlabels: the teacher's pass cannot be part of the compiled graph. Compile the model instead of the "
+                "whole step, or leave out fullgraph=True"
+            )
         captured = self._tap.take()
         if captured is None:
             return None
+        if captured.changed():
+            raise RuntimeError(
+                "the inputs of the model's latest training pass have been written to since it began, so the teacher "
+                "would see something else; do not change them in place before the loss is computed"
+            )
         self.flush()
         args, kwargs = captured.args, captured.kwargs
-        if not isinstance(self.teacher, EMATeacher):
+        if self._teacher_inputs is not None:
+            args, kwargs = _as_arguments(self._teacher_inputs(*args, **kwargs))
+        if isinstance(self.teacher, EMATeacher):
+            self.teacher.follow_device()
+        else:
             self.teacher.eval()
             args, kwargs = _like_parameters((args, kwargs), self.teacher)
         with torch.no_grad(), captured.autocast_state():
@@ -82,9 +111,22 @@ class Attachment:
     def end(self) -> None:
         """Remove every hook and release everything."""
         self._hook.remove()
+        self._release.detach()
         self.forget()
-        if self._clock is not None:
-            self._clock.stop()
+        self._clock = None
+
+
+def _forget(tap: weakref.ref[InputTap]) -> None:
+    """Release what a tap holds when its model is gone."""
+    alive = tap()
+    if alive is not None:
+        alive.take()
+
+
+def _as_arguments(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(value, dict):
+        return (), value
+    return (value if isinstance(value, tuple) else (value,)), {}
 
 
 def _like_parameters(value: Any, module: nn.Module) -> Any:

@@ -24,7 +24,10 @@ class StepClock:
     wants to see the average. So two optimizers that own half of the model each make one round.
 
     A step that a GradScaler skips is no step: either the optimizer is not called at all, or, if it does its own
-    unscaling, it is called with ``found_inf`` set.
+    unscaling, it is called with ``found_inf`` set. (Reading that flag is the one place where an accelerator is waited
+    for: fused optimizers under a GradScaler.)
+
+    The clock listens as long as it is referenced.
     """
 
     def __init__(self, model: nn.Module, tick: Callable[[], None], optimizer: Optimizer | None) -> None:
@@ -59,11 +62,6 @@ class StepClock:
         if self._pending:
             self._pending.clear()
             self._tick()
-
-    def stop(self) -> None:
-        """Listen no longer."""
-        for handle in self._handles:
-            handle.remove()
 
     def _stepped(self, optimizer: Optimizer) -> None:
         model = self._model()

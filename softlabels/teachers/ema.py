@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from softlabels.functional import _checks
-from softlabels.teachers.models import unwrap
+from softlabels.teachers.clock import StepClock
+from softlabels.teachers.models import is_sharded, unwrap
 from softlabels.teachers.tap import remove_taps
 
 if TYPE_CHECKING:
@@ -74,10 +76,16 @@ class EMATeacher(nn.Module):
                     f"model has a parameter that is not initialised yet, {name!r}; run one forward pass before the "
                     "teacher is made"
                 )
+            if is_sharded(parameter):
+                raise ValueError(
+                    f"model is sharded already (parameter {name!r}) and cannot be copied; make the EMATeacher "
+                    "first, then shard model and teacher.module alike, and pass teacher= to attach"
+                )
         self.decay = decay
         self.mode = mode
         self.num_updates = 0
         self._source: weakref.ref[nn.Module] | None = weakref.ref(source)
+        self._clock: weakref.ref[StepClock] | None = None
         self._streams = 0  # teacher passes so far: the seed of each pass's own random stream
         self.module = copy.deepcopy(source)
         remove_taps(self.module)
@@ -90,6 +98,30 @@ class EMATeacher(nn.Module):
     def source(self) -> nn.Module | None:
         """The model that is followed, or None if it is gone."""
         return None if self._source is None else self._source()
+
+    def follow_steps(self, optimizer: Optimizer | None) -> StepClock:
+        """Update after each real optimizer step of the model for as long as the returned clock is kept.
+
+        Losses that share this teacher share one clock, so that it moves once per step.
+        """
+        running = None if self._clock is None else self._clock()
+        if running is not None:
+            if optimizer is not None:
+                raise ValueError("optimizer cannot be given: this EMATeacher already follows the steps of its model")
+            return running
+        source = self.source
+        assert source is not None
+        clock = StepClock(source, self.update, optimizer)
+        self._clock = weakref.ref(clock)
+        return clock
+
+    def restart(self) -> None:
+        """Begin again from the model's present weights and buffers, with no updates made."""
+        source = self.source
+        if source is not None:
+            self.module.load_state_dict(source.state_dict())
+            self._make_accumulators()
+            self.num_updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
@@ -110,7 +142,8 @@ class EMATeacher(nn.Module):
         if live.keys() != own.keys():
             changed = sorted(live.keys() ^ own.keys())
             raise RuntimeError(f"the model's parameters have changed since the EMATeacher was made: {changed[:5]}")
-        self._follow_device(live)
+        self.follow_device()
+        self._check_sharding(live, own)
         self.num_updates += 1
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay)
         averages: list[Tensor] = []
@@ -136,13 +169,17 @@ class EMATeacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the averaged model without a graph and without touching torch's random generators."""
         if self.mode == "eval":
-            return self.module(*args, **kwargs)
+            result = self.module(*args, **kwargs)
+            self._reshard()
+            return result
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             torch.manual_seed(torch.initial_seed() ^ (0x5EED << 32 | self._streams))
             self._streams += 1
-            return self.module(*args, **kwargs)
+            result = self.module(*args, **kwargs)
+        self._reshard()
+        return result
 
     def train(self, mode: bool = True) -> EMATeacher:
         """Change nothing: the teacher's mode is chosen when it is made."""
@@ -165,7 +202,7 @@ class EMATeacher(nn.Module):
         self._streams = int(state["streams"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source": None}
+        return {**self.__dict__, "_source": None, "_clock": None}
 
     @property
     def _accumulators(self) -> dict[str, Tensor]:
@@ -180,12 +217,29 @@ class EMATeacher(nn.Module):
                 self.register_buffer(buffer, parameter.detach().float())
                 self._accumulator_names[name] = buffer
 
-    def _follow_device(self, live: dict[str, nn.Parameter]) -> None:
+    def follow_device(self) -> None:
         """Move to where the model has gone since it was copied."""
-        for name, own in self.module.named_parameters():
-            if own.device != live[name].device:
-                self.to(live[name].device)
-                return
+        source = self.source
+        own = next(self.module.parameters(), None)
+        live = None if source is None else next(source.parameters(), None)
+        if own is not None and live is not None and own.device != live.device:
+            self.to(live.device)
+
+    def _reshard(self) -> None:
+        """After a pass, give gathered FSDP2 parameters back: FSDP waits for a backward pass that never comes."""
+        for module in self.module.modules():
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard):
+                reshard()
+
+    @staticmethod
+    def _check_sharding(live: dict[str, nn.Parameter], own: dict[str, nn.Parameter]) -> None:
+        for name, parameter in live.items():
+            if is_sharded(parameter) != is_sharded(own[name]):
+                raise RuntimeError(
+                    f"of the model and its EMATeacher only one is sharded (parameter {name!r}); apply fully_shard to "
+                    "teacher.module as to the model"
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves between devices, but keep the model's dtypes and the float32 averages."""

@@ -22,6 +22,21 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def check_supported(model: nn.Module) -> None:
+    """Raise for wrappers whose replicas or stages a hook cannot follow."""
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            raise TypeError(
+                "torch.nn.DataParallel is not supported: its replicas see only parts of the batch; use "
+                "DistributedDataParallel"
+            )
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, told without importing torch.distributed.tensor."""
+    return hasattr(parameter, "device_mesh")
+
+
 def check_output(output: object) -> None:
     """``output`` is a key, an attribute name, a position, a callable or None."""
     if output is not None and not isinstance(output, (str, int)) and not callable(output):

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class AutocastState(NamedTuple):
@@ -24,6 +24,11 @@ class Captured(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: tuple[AutocastState, ...]
+    versions: tuple[int, ...]
+
+    def changed(self) -> bool:
+        """Whether any input has been written to since the pass began."""
+        return bool(self.versions) and self.versions != _versions((self.args, self.kwargs))
 
     @contextmanager
     def autocast_state(self) -> Iterator[None]:
@@ -48,7 +53,7 @@ class InputTap:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the inputs of a training pass."""
         if module.training and torch.is_grad_enabled():
-            self._captured = Captured(args, kwargs, _autocast_states())
+            self._captured = Captured(args, kwargs, _autocast_states(), _versions((args, kwargs)))
 
     def take(self) -> Captured | None:
         """Hand the inputs over and forget them."""
@@ -83,3 +88,22 @@ def _autocast_states() -> tuple[AutocastState, ...]:
     accelerator = torch.accelerator.current_accelerator()
     types = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     return tuple(AutocastState(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+
+
+def _versions(value: Any) -> tuple[int, ...]:
+    """In-place write counters of the inputs; none where tensors have no counter (tracing, inference mode)."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple(t._version for t in tensors(value) if not t.is_inference())

@@ -1,0 +1,362 @@
+"""attach where people train: compiled, checkpointed, autocast, resumed; and nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from loops import batches, make_model, train
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import softlabels
+
+DATA = batches(4)
+
+
+def plain_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def run(model, parameters, criterion, step=None, data=DATA):
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    step = step or (lambda x, y: criterion(model(x), y))
+    torch.manual_seed(1)
+    losses = []
+    for x, y in data:
+        loss = step(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def attached(model, **options):
+    return softlabels.BetaSmoothingLoss(ema_decay=0.8).attach(model, **options)
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    torch.set_num_threads(1)
+    model = plain_model()
+    return run(model, model.parameters(), attached(model))
+
+
+COMPILE = [{}, {"fullgraph": True}, {"dynamic": True}]
+
+
+@pytest.mark.parametrize("options", COMPILE, ids=str)
+@pytest.mark.parametrize(
+    "how",
+    ["attach wrapper", "attach inner, not run yet", "attach first", "in place, then attach", "attach, then in place"],
+)
+def test_compiled_models(how, options, wanted):
+    torch.compiler.reset()
+    options = {"backend": "aot_eager", **options}
+    model = plain_model()
+    if how == "attach wrapper":
+        called = torch.compile(model, **options)
+        called(DATA[0][0])
+        criterion = attached(called)
+    elif how == "attach inner, not run yet":
+        called = torch.compile(model, **options)
+        criterion = attached(model)
+    elif how == "attach first":
+        criterion = attached(model)
+        called = torch.compile(model, **options)
+    else:
+        called = model
+        if how == "in place, then attach":
+            model.compile(**options)
+            criterion = attached(model)
+        else:
+            criterion = attached(model)
+            model.compile(**options)
+    losses = run(called, model.parameters(), criterion)
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    assert criterion.teacher.num_updates == len(DATA)
+    assert not any("_orig_mod" in key for key in criterion.state_dict())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_inner_module_of_a_compiled_model_that_has_run(in_place, wanted):
+    """A hook added to it may never fire. Then the loss says so; it never trains unranked."""
+    torch.compiler.reset()
+    model = plain_model()
+    if in_place:
+        model.compile(backend="aot_eager")
+        called = model
+    else:
+        called = torch.compile(model, backend="aot_eager")
+    called(DATA[0][0])
+    criterion = attached(model)
+    if in_place:
+        assert run(called, model.parameters(), criterion) == pytest.approx(wanted, rel=1e-5)
+    else:
+        with pytest.raises(RuntimeError, match="compiled and run before attach, attach the compiled wrapper"):
+            run(called, model.parameters(), criterion)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, at a graph break
+def test_compiled_step(wanted):
+    """Forward pass and loss in one region: works with graph breaks, raises with advice where they are forbidden."""
+    torch.compiler.reset()
+    model = plain_model()
+    criterion = attached(model)
+    step = torch.compile(lambda x, y: criterion(model(x), y), backend="aot_eager")
+    assert run(model, model.parameters(), criterion, step) == pytest.approx(wanted, rel=1e-5)
+    criterion.detach()
+    torch.compiler.reset()
+    model = plain_model()
+    criterion = attached(model)
+    step = torch.compile(lambda x, y: criterion(model(x), y), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="Compile the model instead of the whole step"):
+        step(*DATA[0])
+
+
+@pytest.mark.parametrize("ranking", ["batch", "random"])
+def test_compiled_step_without_a_teacher(ranking):
+    torch.compiler.reset()
+    model = plain_model()
+    criterion = softlabels.BetaSmoothingLoss(ranking=ranking)
+    compiled = torch.compile(lambda x, y: criterion(model(x), y), backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    got = compiled(*DATA[0])
+    torch.manual_seed(0)
+    torch.testing.assert_close(got, criterion(model(DATA[0][0]), DATA[0][1]))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # reentrant, in the teacher's pass
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant):
+    """One teacher pass per loss, on the right inputs, though the block inside runs its forward twice."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.head = (
+                nn.Linear(4, 8),
+                nn.Sequential(nn.Linear(8, 8), nn.ReLU()),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, x):
+            return self.head(checkpoint(self.block, self.stem(x), use_reentrant=use_reentrant))
+
+    torch.manual_seed(0)
+    model = Checkpointed()
+    criterion = attached(model)
+    passes = []
+    criterion.teacher.module.register_forward_pre_hook(lambda module, args: passes.append(args[0]))
+    run(model, model.parameters(), criterion)
+    assert [id(x) for x in passes] == [id(x) for x, _ in DATA]
+    with pytest.raises(RuntimeError, match="no training forward pass"):
+        criterion(torch.randn(8, 3), DATA[0][1])  # the recomputation of the backward pass left nothing behind
+
+
+def test_loss_outside_of_the_autocast_block():
+    """The teacher runs in the autocast state of the model's pass, not of the loss."""
+    model = plain_model()
+    criterion = softlabels.SelfDistillationLoss().attach(model)
+    dtypes = []
+    criterion.teacher.module.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    x, y = DATA[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = model(x)
+    assert criterion(inside, y).dtype == torch.float32
+    outside = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        criterion(outside, y)
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
+def test_two_passes_before_one_loss():
+    """The last one counts."""
+    model = plain_model()
+    criterion = softlabels.SelfDistillationLoss().attach(model)
+    (one, y), (two, _) = DATA[:2]
+    model(one)
+    logits = model(two)
+    wanted = softlabels.functional.self_distillation_loss(logits, y, criterion.teacher(two))
+    torch.testing.assert_close(criterion(logits, y), wanted)
+
+
+def test_inputs_changed_in_place_raise():
+    """A model that overwrites its input would show the teacher something else."""
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))
+    criterion = attached(model)
+    x, y = DATA[0]
+    with pytest.raises(RuntimeError, match="written to since it began"):
+        criterion(model(x.clone()), y)
+
+
+def test_other_inputs_for_the_teacher():
+    student, teacher = nn.Linear(4, 3), nn.Linear(2, 3)
+    x, y = DATA[0]
+    for teacher_inputs in (lambda x: x[:, :2], lambda x: (x[:, :2],), lambda x: {"input": x[:, :2]}):
+        criterion = softlabels.SelfDistillationLoss().attach(student, teacher=teacher, teacher_inputs=teacher_inputs)
+        logits = student(x)
+        wanted = softlabels.functional.self_distillation_loss(logits, y, teacher(x[:, :2]))
+        torch.testing.assert_close(criterion(logits, y), wanted)
+    with pytest.raises(TypeError, match="teacher_inputs must be callable"):
+        softlabels.SelfDistillationLoss().attach(student, teacher=teacher, teacher_inputs=2)
+
+
+def test_a_model_that_moves_takes_its_teacher_along():
+    model = plain_model()
+    criterion = attached(model)
+    model.to("meta")
+    x, y = DATA[0][0].to("meta"), DATA[0][1].to("meta")
+    assert criterion(model(x), y).device.type == "meta"
+    assert next(criterion.teacher.parameters()).device.type == "meta"
+
+
+def test_unsupported_wrappers_raise_at_attach():
+    with pytest.raises(TypeError, match=r"DataParallel is not supported.*DistributedDataParallel"):
+        attached(nn.DataParallel(plain_model()))
+
+
+def test_nothing_survives_an_iteration():
+    """Fifty iterations, some of them interrupted, leave no tensor behind that was not there before."""
+    model = make_model()
+    criterion = attached(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+
+    def iteration(i):
+        x, y = torch.randn(64, 4, generator=generator), torch.randint(3, (64,), generator=generator)
+        if i % 7 == 3:
+            model(x)  # a pass whose loss is never computed
+        loss = criterion(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return weakref.ref(x)
+
+    def living():
+        gc.collect()
+        return sum(t.numel() for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+
+    for i in range(50):
+        iteration(i)
+    before = living()
+    for i in range(50):
+        assert iteration(i)() is None  # without waiting for the garbage collector
+    assert living() <= before
+
+
+def test_inputs_die_with_the_model_or_the_attachment():
+    for end in ("model", "detach", "criterion"):
+        model = plain_model()
+        criterion = attached(model)
+        x = torch.randn(8, 4)
+        inputs = weakref.ref(x)
+        model(x)
+        del x
+        assert inputs() is not None
+        if end == "model":
+            del model
+        elif end == "detach":
+            criterion.detach()
+        else:
+            del criterion
+        gc.collect()
+        assert inputs() is None, end
+
+
+def test_evaluation_keeps_nothing():
+    model = plain_model()
+    criterion = attached(model)
+    x = torch.randn(8, 4)
+    inputs = weakref.ref(x)
+    model.eval()
+    model(x)
+    model.train()
+    with torch.no_grad():
+        model(x)
+    del x
+    assert inputs() is None
+    assert criterion is not None
+
+
+@pytest.mark.parametrize("ranking", ["ema", "history", "batch"])
+def test_resume_with_generator_and_history(ranking):
+    data = [(x, y, torch.arange(8 * (i % 2), 8 * (i % 2) + 8)) for i, (x, y) in enumerate(batches(8))]
+
+    def start():
+        model = plain_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        generator = torch.Generator().manual_seed(9)
+        criterion = softlabels.BetaSmoothingLoss(
+            ranking=ranking, num_samples=16 if ranking == "history" else None, generator=generator, ema_decay=0.9
+        )
+        return model, optimizer, criterion.attach(model) if ranking == "ema" else criterion
+
+    def go(model, optimizer, criterion, data):
+        losses = []
+        for x, y, index in data:
+            loss = criterion(model(x), y, index=index)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    objects = start()
+    go(*objects, data[:4])
+    buffer = io.BytesIO()
+    torch.save([o.state_dict() for o in objects], buffer)
+    wanted = go(*objects, data[4:])
+    buffer.seek(0)
+    fresh = start()
+    for thing, state in zip(fresh, torch.load(buffer, weights_only=True), strict=True):
+        thing.load_state_dict(state)
+    assert go(*fresh, data[4:]) == wanted
+
+
+def test_old_checkpoints_say_what_restarts():
+    model = plain_model()
+    criterion = attached(model)
+    train(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), DATA)
+    with pytest.warns(UserWarning, match="no EMA teacher for BetaSmoothingLoss; its average restarts"):
+        criterion.load_state_dict(nn.CrossEntropyLoss().state_dict())
+    assert criterion.teacher.num_updates == 0
+    assert torch.equal(criterion.teacher.module[0].weight, model[0].weight)
+    generator = torch.Generator()
+    with pytest.warns(UserWarning, match="no generator state"):
+        softlabels.BetaSmoothingLoss(generator=generator).load_state_dict({})
+    history = softlabels.BetaSmoothingLoss(ranking="history", num_samples=4)
+    with pytest.warns(UserWarning, match="no prediction history for BetaSmoothingLoss; it restarts empty"):
+        history.load_state_dict({})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        criterion.load_state_dict({"nonsense": torch.zeros(1), **criterion.state_dict()})
+
+
+def test_inside_a_larger_module():
+    """A loss that is part of a model's own state, as in a LightningModule."""
+
+    class System(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = plain_model()
+            self.loss = softlabels.BetaSmoothingLoss(ema_decay=0.9)
+
+    system = System()
+    system.loss.attach(system.model)
+    train(system.model, system.loss, torch.optim.SGD(system.model.parameters(), lr=0.1), DATA)
+    state = system.state_dict()
+    assert "loss.teacher.module.0.weight" in state
+    for attach_first in (True, False):
+        other = System()
+        if attach_first:
+            other.loss.attach(other.model)
+        other.load_state_dict(state)
+        if not attach_first:
+            other.loss.attach(other.model)
+        assert other.loss.teacher.num_updates == 4
+        assert torch.equal(other.loss.teacher.module[0].weight, system.loss.teacher.module[0].weight)
