@@ -52,8 +52,11 @@ class AttachableLoss(SoftLabelLoss):
                 ``model``, also one made later; several of them count as one step per round.
             teacher: A trained module, which is put in eval mode and never changes; or an
                 [`EMATeacher`][softlabels.EMATeacher]. None: a new EMATeacher of ``model``.
-            output: How to find the logits in what model and teacher return: a key or attribute name, an index, or a
-                function. Tensors, tuples (first tensor), ``"logits"``, ``"out"`` and ``.logits`` need none.
+            output: How to make of what the model returns the logits that the loss is given: a key or attribute name, an
+                index, or a function. Tensors, tuples (first tensor), ``"logits"``, ``"out"`` and ``.logits`` need
+                none, and neither do views of them: ``logits.flatten(0, 1)``, ``logits.transpose(1, 2)``,
+                ``logits[:, :-1]``. What copies, such as ``logits[mask]`` or an interpolation, needs a function
+                that does the same.
             teacher_inputs: For a teacher that takes other inputs than the model: a function of the model's arguments
                 that returns the teacher's, as a tuple of positional or a dict of keyword arguments, or as one value.
 
@@ -123,9 +126,11 @@ class AttachableLoss(SoftLabelLoss):
         logits = self._attachment.teacher_logits(input)
         if logits is None:
             raise RuntimeError(
-                f"{name} is attached to a model that has made no training forward pass since the loss was last "
-                "called. Call the attached model itself, in training mode with grad enabled, once per loss (if the "
-                f"model was compiled and run before attach, attach the compiled wrapper); or pass {given}= to the call"
+                f"{name} is attached to a model that has made no training forward pass since the loss was last called. "
+                "Call the attached model itself, in training mode with grad enabled, once per loss (if the model was "
+                "compiled and run before attach, attach the compiled wrapper); for a second loss on the same pass, or "
+                f"a model in eval mode, pass {given}= to the call. For evaluation, use criterion.eval() or "
+                "torch.no_grad()"
             )
         return logits
 

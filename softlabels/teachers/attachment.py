@@ -12,8 +12,16 @@ from torch.optim.optimizer import Optimizer
 
 from softlabels.teachers.clock import StepClock
 from softlabels.teachers.ema import EMATeacher
-from softlabels.teachers.models import Output, check_output, check_supported, find_logits, unwrap
-from softlabels.teachers.tap import InputTap
+from softlabels.teachers.models import (
+    Output,
+    as_given,
+    check_output,
+    check_supported,
+    find_logits,
+    select_logits,
+    unwrap,
+)
+from softlabels.teachers.tap import AfterPass, InputTap
 
 
 class Attachment:
@@ -51,15 +59,19 @@ class Attachment:
         self.teacher = teacher
         self._output = output
         self._teacher_inputs = teacher_inputs
-        self._tap = InputTap()
+        self._tap = InputTap(select_logits(output))
         self._clock: StepClock | None = None
         if isinstance(teacher, EMATeacher):
             if teacher.source is unwrap(model):
                 self._clock = teacher.follow_steps(optimizer)
         else:
             teacher.eval()
-        self._hook = model.register_forward_pre_hook(self._tap, with_kwargs=True)
-        weakref.finalize(self, self._hook.remove)
+        self._hooks = [
+            model.register_forward_pre_hook(self._tap, with_kwargs=True),
+            model.register_forward_hook(AfterPass(self._tap)),
+        ]
+        for hook in self._hooks:
+            weakref.finalize(self, hook.remove)
         self._release = weakref.finalize(model, _forget, weakref.ref(self._tap))
 
     def teacher_logits(self, input: Tensor) -> Tensor | None:
@@ -91,13 +103,15 @@ class Attachment:
             args, kwargs = _like_parameters((args, kwargs), self.teacher)
         with torch.no_grad(), captured.autocast_state():
             logits = find_logits(self.teacher(*args, **kwargs), self._output)
-        if logits.shape != input.shape:
+        matched = as_given(logits, captured.logits, input)
+        if matched is None:
             raise RuntimeError(
                 f"the teacher's logits for the model's latest training pass have shape {tuple(logits.shape)} but the "
-                f"loss was given input of shape {tuple(input.shape)}: call the loss once per training pass of the "
-                "attached model, on that pass's logits"
+                f"loss was given input of shape {tuple(input.shape)}. Call the loss once per training pass of the "
+                "attached model, on that pass's logits; if they are reshaped on the way, let attach(..., output=...) "
+                "do the same to what the teacher returns"
             )
-        return logits.to(input.device)
+        return matched.to(input.device)
 
     def forget(self) -> None:
         """Release the inputs of the latest pass."""
@@ -110,7 +124,8 @@ class Attachment:
 
     def end(self) -> None:
         """Remove every hook and release everything."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._release.detach()
         self.forget()
         self._clock = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -61,6 +62,49 @@ def find_logits(result: Any, output: Output) -> Tensor:
         f"no logits found in the model's output of type {type(result).__name__} with output={output!r}; say where they "
         "are with attach(..., output=...): a key, an index, or a function of the output"
     )
+
+
+def select_logits(output: Output) -> Callable[[Any], Tensor | None] | None:
+    """Return `find_logits` for a look at the model's own output, without errors; None where it might compute."""
+    if callable(output):
+        return None
+
+    def select(result: Any) -> Tensor | None:
+        found = _search(result) if output is None else _pick(result, output)
+        return found if isinstance(found, Tensor) else None
+
+    return select
+
+
+def as_given(teacher_logits: Tensor, produced: Tensor | None, given: Tensor) -> Tensor | None:
+    """Teacher logits in the shape in which the loss was given the model's logits; None if that cannot be told.
+
+    Where ``given`` is a view of what the model ``produced`` (flattened, transposed, sliced), the same view is taken of
+    the teacher's logits, so that rows of model and teacher belong together also where the shapes happen to agree.
+    """
+    if produced is not None and _is_other_view(produced, given):
+        offset = given.storage_offset() - produced.storage_offset()
+        if teacher_logits.shape != produced.shape or not 0 <= offset <= produced.numel() - _extent(given):
+            return None
+        laid_out = torch.empty_strided(
+            produced.shape, produced.stride(), dtype=teacher_logits.dtype, device=teacher_logits.device
+        )
+        return laid_out.copy_(teacher_logits).as_strided(given.shape, given.stride(), offset)
+    return teacher_logits if teacher_logits.shape == given.shape else None
+
+
+def _is_other_view(produced: Tensor, given: Tensor) -> bool:
+    """Whether ``given`` is another view of the dense tensor ``produced``."""
+    if produced.device != given.device or produced.dtype != given.dtype or is_sharded(produced) or not given.numel():
+        return False
+    if (produced.shape, produced.stride()) == (given.shape, given.stride()) or _extent(produced) != produced.numel():
+        return False
+    return bool(produced.untyped_storage().data_ptr() == given.untyped_storage().data_ptr())
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to the last of a tensor in its storage."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _pick(result: Any, output: str | int | Callable[[Any], Tensor]) -> Any:

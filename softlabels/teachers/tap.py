@@ -25,6 +25,7 @@ class Captured(NamedTuple):
     kwargs: dict[str, Any]
     autocast: tuple[AutocastState, ...]
     versions: tuple[int, ...]
+    logits: Tensor | None = None  # what the model made of them, without its graph; shares their storage
 
     def changed(self) -> bool:
         """Whether any input has been written to since the pass began."""
@@ -40,25 +41,8 @@ class Captured(NamedTuple):
             yield
 
 
-class InputTap:
-    """Callable for ``register_forward_pre_hook(..., with_kwargs=True)`` that keeps the latest training inputs.
-
-    A pass counts if the module is in training mode and grad is enabled. In a copy or a pickle of the model the hook
-    is inactive: it keeps nothing and knows no loss.
-    """
-
-    def __init__(self) -> None:
-        self._captured: Captured | None = None
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the inputs of a training pass."""
-        if module.training and torch.is_grad_enabled():
-            self._captured = Captured(args, kwargs, _autocast_states(), _versions((args, kwargs)))
-
-    def take(self) -> Captured | None:
-        """Hand the inputs over and forget them."""
-        captured, self._captured = self._captured, None
-        return captured
+class _Hook:
+    """A hook that does not follow its module into copies and pickles."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return inactive_tap
@@ -67,8 +51,51 @@ class InputTap:
         return _make_inactive, ()
 
 
-def inactive_tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Do nothing: what a tap becomes in a copy of its model."""
+class InputTap(_Hook):
+    """Callable for ``register_forward_pre_hook(..., with_kwargs=True)`` that keeps the latest training inputs.
+
+    A pass counts if the module is in training mode and grad is enabled. In a copy or a pickle of the model the hook
+    is inactive: it keeps nothing and knows no loss.
+
+    Args:
+        select: Picks the logits out of what the model returns; None: do not look at them.
+    """
+
+    def __init__(self, select: Callable[[Any], Tensor | None] | None = None) -> None:
+        self._captured: Captured | None = None
+        self._select = select
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the inputs of a training pass."""
+        if module.training and torch.is_grad_enabled():
+            self._captured = Captured(args, kwargs, _autocast_states(), _versions((args, kwargs)))
+
+    def note_logits(self, output: Any) -> None:
+        """Remember where the logits of a kept pass lie."""
+        if self._captured is not None and self._select is not None and torch.is_grad_enabled():
+            logits = self._select(output)
+            if logits is not None:
+                self._captured = self._captured._replace(logits=logits.detach())
+
+    def take(self) -> Captured | None:
+        """Hand the inputs over and forget them."""
+        captured, self._captured = self._captured, None
+        return captured
+
+
+class AfterPass(_Hook):
+    """Callable for ``register_forward_hook`` that shows a tap what the pass returned."""
+
+    def __init__(self, tap: InputTap) -> None:
+        self._tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Note the logits."""
+        self._tap.note_logits(output)
+
+
+def inactive_tap(*_: Any) -> None:
+    """Do nothing: what the hooks of a tap become in a copy of its model."""
 
 
 def _make_inactive() -> Callable[..., None]:
@@ -78,10 +105,14 @@ def _make_inactive() -> Callable[..., None]:
 def remove_taps(model: nn.Module) -> None:
     """Remove the inactive taps that a copied model carries."""
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is inactive_tap:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for hooks, flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key, hook in list(hooks.items()):
+                if hook is inactive_tap:
+                    del hooks[key]
+                    flags.pop(key, None)
 
 
 def _autocast_states() -> tuple[AutocastState, ...]:

@@ -398,3 +398,42 @@ def test_wrong_arguments_of_attach():
         softlabels.BetaSmoothingLoss().attach(model, teacher=lambda x: x)
     with pytest.raises(ValueError, match="teacher is the model itself"):
         softlabels.SelfDistillationLoss().attach(model, teacher=model)
+
+
+VIEWS = {
+    "flattened": lambda z: z.flatten(0, 1),
+    "transposed": lambda z: z.transpose(1, 2),
+    "shifted": lambda z: z[:, :-1].transpose(1, 2),
+    "last position": lambda z: z[:, -1],
+    "reshaped": lambda z: z.view(2, -1, 3),
+    "itself": lambda z: z.transpose(1, 2).transpose(1, 2).transpose(1, 2),
+    "in another dtype": lambda z: z.double().flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("length", [5, 3])  # 3 is the number of classes: the shapes agree also when transposed
+def test_views_of_the_logits(name, length):
+    """Token classifiers flatten or transpose before the loss; the teacher's rows follow."""
+    view = VIEWS[name]
+    model = nn.Linear(4, 3)
+    output = view if name == "in another dtype" else None
+    criterion = softlabels.SelfDistillationLoss(alpha=0.0).attach(model, output=output)
+    torch.nn.init.normal_(criterion.teacher.module.weight)
+    x = torch.randn(8, length, 4)
+    logits = view(model(x))
+    target = torch.randint(3, logits.shape[:1] + logits.shape[2:])
+    loss = criterion(logits, target)
+    wanted = self_distillation_loss(logits, target, view(criterion.teacher(x)), alpha=0.0)
+    torch.testing.assert_close(loss, wanted)
+
+
+def test_copies_of_the_logits_need_output():
+    model = nn.Linear(4, 3)
+    x, mask = torch.randn(8, 5, 4), torch.rand(8, 5) < 0.5
+    criterion = softlabels.SelfDistillationLoss().attach(model)
+    with pytest.raises(RuntimeError, match=r"\(8, 5, 3\).*let attach\(\.\.\., output=\.\.\.\) do the same"):
+        criterion(model(x)[mask], torch.zeros(int(mask.sum()), dtype=torch.long))
+    criterion.detach().attach(model, output=lambda z: z[mask])
+    assert criterion(model(x)[mask], torch.zeros(int(mask.sum()), dtype=torch.long)).isfinite()
+    assert criterion(2 * model(x)[mask], torch.zeros(int(mask.sum()), dtype=torch.long)).isfinite()

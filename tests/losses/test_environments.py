@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import softlabels
 
+pytestmark = pytest.mark.filterwarnings(  # raised inside torch's compiler at graph breaks and hooks; not shown to users
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
 DATA = batches(4)
 
 
@@ -83,6 +86,33 @@ def test_compiled_models(how, options, wanted):
     assert not any("_orig_mod" in key for key in criterion.state_dict())
 
 
+@pytest.mark.parametrize("how", ["attach wrapper", "attach first", "in place"])
+@pytest.mark.parametrize("length", [5, 3])
+def test_views_of_a_compiled_models_logits(how, length):
+    """As in test_attach: rows of student and teacher belong together, or the loss raises."""
+    torch.compiler.reset()
+    model = nn.Linear(4, 3)
+    called = model
+    if how == "attach first":
+        criterion = softlabels.SelfDistillationLoss(alpha=0.0).attach(model)
+        called = torch.compile(model, backend="aot_eager")
+    else:
+        if how == "in place":
+            model.compile(backend="aot_eager")
+        else:
+            called = torch.compile(model, backend="aot_eager")
+        criterion = softlabels.SelfDistillationLoss(alpha=0.0).attach(called)
+    torch.nn.init.normal_(criterion.teacher.module.weight)
+    x, target = torch.randn(8, length, 4), torch.randint(3, (8, length))
+    logits = called(x)
+    loss = criterion(logits.transpose(1, 2), target)
+    teacher_logits = criterion.teacher(x)
+    wanted = softlabels.functional.self_distillation_loss(
+        logits.transpose(1, 2), target, teacher_logits.transpose(1, 2), alpha=0.0
+    )
+    torch.testing.assert_close(loss, wanted)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_inner_module_of_a_compiled_model_that_has_run(in_place, wanted):
     """A hook added to it may never fire. Then the loss says so; it never trains unranked."""
@@ -102,7 +132,6 @@ def test_inner_module_of_a_compiled_model_that_has_run(in_place, wanted):
             run(called, model.parameters(), criterion)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, at a graph break
 def test_compiled_step(wanted):
     """Forward pass and loss in one region: works with graph breaks, raises with advice where they are forbidden."""
     torch.compiler.reset()

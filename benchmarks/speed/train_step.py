@@ -1,0 +1,114 @@
+"""What a loss costs in a whole training step: ResNet-18 for 32 x 32 images, against nn.CrossEntropyLoss.
+
+Each loss trains a model of its own, all start equal, and the steps are interleaved. Beside the step as a whole, the
+parts that a loss adds are timed alone, so that the table says where the time goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import softlabels
+from benchmarks.speed.timing import interleave, ratio
+from softlabels.ranking import log_odds
+
+LOSSES: dict[str, Callable[[nn.Module, int], nn.Module]] = {
+    "nn.CrossEntropyLoss": lambda model, samples: nn.CrossEntropyLoss(),
+    "nn.CrossEntropyLoss(label_smoothing)": lambda model, samples: nn.CrossEntropyLoss(label_smoothing=0.1),
+    "BetaSmoothingLoss, ema": lambda model, samples: softlabels.BetaSmoothingLoss().attach(model),
+    "BetaSmoothingLoss, history": lambda model, samples: softlabels.BetaSmoothingLoss(
+        ranking="history", num_samples=samples
+    ),
+    "BetaSmoothingLoss, batch": lambda model, samples: softlabels.BetaSmoothingLoss(ranking="batch"),
+}
+BASE = "nn.CrossEntropyLoss"
+
+
+class BasicBlock(nn.Module):
+    """The residual block of ResNet-18, with a projection where the shape changes."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18(num_classes: int = 100) -> nn.Sequential:
+    """ResNet-18 with the 3 x 3 stem for 32 x 32 images."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+    channels_in = 64
+    for stage, channels in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            layers.append(BasicBlock(channels_in, channels, 2 if stage and not block else 1))
+            channels_in = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
+
+
+def measure(device: torch.device, batch_size: int, rounds: int) -> dict[str, Any]:
+    """Time whole steps of every loss, and the parts of the EMA's cost; seconds and ratios to cross-entropy."""
+    torch.manual_seed(0)
+    samples = 50 * batch_size
+    initial = resnet18().to(device)
+    images = torch.randn(batch_size, 3, 32, 32, device=device)
+    labels = torch.randint(100, (batch_size,), device=device)
+    index = torch.randperm(samples, device=device)[:batch_size]
+    precision: Callable[[], Any] = contextlib.nullcontext
+    if device.type != "cpu":
+        initial = initial.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
+        precision = lambda: torch.autocast(device.type, dtype=torch.bfloat16)  # noqa: E731
+
+    def make_step(name: str) -> tuple[Callable[[], None], nn.Module]:
+        model = copy.deepcopy(initial)
+        criterion = LOSSES[name](model, samples)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        call = {"index": index} if "history" in name else {}
+
+        def step() -> None:
+            with precision():
+                loss = criterion(model(images), labels, **call)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step, criterion
+
+    steps: dict[str, Callable[[], None]] = {}
+    criteria: dict[str, nn.Module] = {}
+    for name in LOSSES:
+        steps[name], criteria[name] = make_step(name)
+    teacher = criteria["BetaSmoothingLoss, ema"].teacher
+    logits = torch.randn(batch_size, 100, device=device)
+
+    def teacher_pass() -> None:
+        with precision():
+            teacher(images)
+
+    parts: dict[str, Callable[[], object]] = {
+        "part: teacher's forward pass": teacher_pass,
+        "part: EMA update": teacher.update,
+        "part: scores of the batch": lambda: log_odds(logits, labels, "max"),
+    }
+    seconds = interleave({**steps, **parts}, rounds, device)
+    base = seconds[BASE]
+    return {name: {"seconds": times, "ratio": ratio(times, base)} for name, times in seconds.items()}
