@@ -15,7 +15,7 @@ from benchmarks.paper.recipe import Recipe
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one experiment and print and save its results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description="The paper's experiments.")
     parser.add_argument("experiment", choices=["comparison"], help="comparison: every method on one data set (Fig. 3)")
     parser.add_argument("--dataset", choices=DATASETS, default="digits")
     parser.add_argument("--depth", type=int, default=8, help="depth of the CIFAR ResNet, 6n + 2 (default %(default)s)")

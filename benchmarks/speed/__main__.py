@@ -15,7 +15,7 @@ from benchmarks.speed import train_step
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print and save the results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="What the losses cost.")
     parser.add_argument("benchmark", choices=["train-step"], help="train-step: cost of a loss in a whole training step")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default %(default)s")
     parser.add_argument("--batch-size", type=int, default=128, help="default %(default)s")

@@ -40,10 +40,9 @@ class AttachableLoss(SoftLabelLoss):
         """Let the loss see what ``model`` sees; call it once, before the training loop.
 
         From then on each training forward pass of ``model`` (training mode, grad enabled) leaves its inputs with the
-        loss.
-        When the loss is next called, the teacher runs on them once, without grad and in the autocast state of that
-        pass, and the inputs are released. If the model makes several passes before the loss is called, the last one
-        counts. An EMA teacher moves once per real optimizer step: not per micro-batch, and not on a step that a
+        loss. When the loss is next called, the teacher runs on them once, without grad and in the autocast state of
+        that pass, and the inputs are released. If the model makes several passes before the loss is called, the last
+        one counts. An EMA teacher moves once per real optimizer step: not per micro-batch, and not on a step that a
         GradScaler skips.
 
         Args:

@@ -39,19 +39,18 @@ class BetaSmoothingLoss(AttachableLoss):
         alpha: Weight of the hard label, in [0, 1]: the least that the true class ever gets. 1 is plain
             cross-entropy, whatever ``label_smoothing`` says.
         concentration: $a$ itself, greater than 0; overrides ``label_smoothing``.
-        ranking: Whose confidence orders the batch. ``"ema"``: an exponential moving average of the model
-            (needs [`attach`][softlabels.BetaSmoothingLoss.attach]). ``"history"``: a moving average of each sample's
-            own
+        ranking: Whose confidence orders the batch. ``"ema"``: an exponential moving average of the model (needs
+            [`attach`][softlabels.BetaSmoothingLoss.attach]). ``"history"``: a moving average of each sample's own
             past confidence, without a second forward pass (experimental; needs ``num_samples`` and the call argument
-            ``index``). ``"batch"``: the logits given to the loss. ``"random"``: nobody's; draws are assigned at random.
+            ``index``). ``"batch"``: the logits given to the loss. ``"random"``: nobody's; draws are assigned at
+            random.
         rank_by: ``"max"``: confidence is the largest class probability, as in the paper's text. ``"true_class"``: it is
             the probability of the label, as in the paper's published scripts.
         ema_decay: Decay of the average per optimizer step, in [0, 1), for ``"ema"`` and ``"history"``.
         num_samples: Size of the training set, for ``"history"``.
         global_ranking: Rank and draw over the rows of all processes of the default torch.distributed group together,
             with the draws of process 0. Every process must call the loss equally often; the processes wait for each
-            other.
-            False: each process ranks its own rows.
+            other. False: each process ranks its own rows.
         generator: Source of the random numbers, on the device of the logits; None uses torch's default.
         ignore_index: Rows with this label count for nothing; they are neither ranked nor drawn for.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.

@@ -36,8 +36,7 @@ class SelfDistillationLoss(_TeacherLoss):
       q = \mathrm{softmax}(\mathtt{teacher\_logits} / T).$$
 
     Without teacher logits it is plain cross-entropy in evaluation (``criterion.eval()``, or grad disabled); in
-    training it
-    asks the attached teacher, and raises if there is none.
+    training it asks the attached teacher, and raises if there is none.
 
     Args:
         weight: Class weights of shape (K,), any floating dtype.
@@ -117,10 +116,10 @@ class SelfDistillationLoss(_TeacherLoss):
 class PrunedDistillationLoss(_TeacherLoss):
     r"""Self-distillation from the teacher's surest classes alone.
 
-    As [`SelfDistillationLoss`][softlabels.SelfDistillationLoss], with the teacher's softmax taken over the
-    $K - \lfloor \mathtt{prune} \cdot K \rfloor$ classes of largest logit in each row (the lower class index where
-    logits are
-    equal); all others get probability 0. The true class may be pruned; the hard-label term covers it all the same.
+    As [`SelfDistillationLoss`][softlabels.SelfDistillationLoss], with the teacher's softmax taken over the $K -
+    \lfloor \mathtt{prune} \cdot K \rfloor$ classes of largest logit in each row (the lower class index where logits
+    are equal); all others get probability 0. The true class may be pruned; the hard-label term covers it all the
+    same.
 
     Args:
         weight: Class weights of shape (K,), any floating dtype.
@@ -203,8 +202,7 @@ class InstanceDirichletMAPLoss(_TeacherLoss):
     $$\ell_i = -\sum_j \big( c_{ij} + [\beta s_i q_{ij} + \gamma - 1]_+ \big) \log p_{ij}.$$
 
     Without teacher logits it is plain cross-entropy in evaluation (``criterion.eval()``, or grad disabled); in
-    training it
-    asks the attached teacher, and raises if there is none.
+    training it asks the attached teacher, and raises if there is none.
 
     Args:
         weight: Class weights of shape (K,), any floating dtype.
@@ -212,8 +210,7 @@ class InstanceDirichletMAPLoss(_TeacherLoss):
         temperature: $T > 0$ divides the teacher's logits.
         gamma: The constant of Eq. 8, at least 0. Below 1 it prunes classes, above 1 it adds uniform mass.
         sample_weighting: $s_i$. ``"exact"``: $\sum_j \exp(f_{ij} / T)$, Eq. 9 to the letter, which a constant added to
-        a
-            row's teacher logits changes. ``"normalized"``: the same of row-centred logits, with mean 1 over the kept
+            a row's teacher logits changes. ``"normalized"``: the same of row-centred logits, with mean 1 over the kept
             rows; no added constant changes it. ``"none"``: 1. See
             [`dirichlet_map_loss`][softlabels.functional.dirichlet_map_loss].
         ignore_index: Rows with this label count for nothing.

@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 class PredictionHistory(nn.Module):
     r"""Moving average, per training sample, of the doubt 1 - c that the model had about it.
 
-    One float32 per sample, nan until the sample is first seen. A sample is met about once per epoch, every
-    n = num_samples / (rows of the batch) optimizer steps, so a visit decays the past by ``decay ** n``: the same
-    memory,
+    One float32 per sample, nan until the sample is first seen. A sample is met about once per epoch, every n =
+    num_samples / (rows of the batch) optimizer steps, so a visit decays the past by ``decay ** n``: the same memory,
     counted in steps, as an EMA of the weights at ``decay``. Doubt rather than confidence is stored because float32
-    resolves
-    numbers near 0, not near 1.
+    resolves numbers near 0, not near 1.
 
     Args:
         num_samples: Size of the training set; sample ids are in [0, num_samples).
