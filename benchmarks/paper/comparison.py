@@ -38,7 +38,7 @@ def run_seed(config: Comparison, seed: int, on_epoch: Callable[[], None] = lambd
     for name, make_criterion in METHODS.items():
         torch.manual_seed(seed)
         model = CIFARResNet(config.depth, data.num_classes, data.channels, config.width).to(config.device)
-        criterion = make_criterion(model, teacher, data.num_classes, config.ema_decay)
+        criterion = make_criterion(model, teacher, data, config.ema_decay)
         start = time.perf_counter()
         model = train(model, criterion, data, config.recipe, seed, on_epoch)
         seconds = time.perf_counter() - start

@@ -7,30 +7,34 @@ from collections.abc import Callable
 from torch import nn
 
 import softlabels
+from benchmarks.paper.data import Data
 from softlabels import tuning
 
 TRUE_CLASS = 0.85  # average soft-label value of the true class in every smoothing method (sec. 7.1)
 
-Criterion = Callable[[nn.Module, nn.Module | None, int, float], nn.Module]  # (model, teacher, K, EMA decay)
+Criterion = Callable[[nn.Module, nn.Module | None, Data, float], nn.Module]  # (model, teacher, data, EMA decay)
 
 
-def _smoothing(num_classes: int) -> float:
-    return tuning.label_smoothing_for(TRUE_CLASS, num_classes)
+def _smoothing(data: Data) -> float:
+    return tuning.label_smoothing_for(TRUE_CLASS, data.num_classes)
 
 
 METHODS: dict[str, Criterion] = {
-    "cross-entropy": lambda model, teacher, k, decay: nn.CrossEntropyLoss(),
-    "label smoothing": lambda model, teacher, k, decay: nn.CrossEntropyLoss(label_smoothing=_smoothing(k)),
-    "Beta smoothing": lambda model, teacher, k, decay: softlabels.BetaSmoothingLoss(
-        label_smoothing=_smoothing(k), ema_decay=decay
+    "cross-entropy": lambda model, teacher, data, decay: nn.CrossEntropyLoss(),
+    "label smoothing": lambda model, teacher, data, decay: nn.CrossEntropyLoss(label_smoothing=_smoothing(data)),
+    "Beta smoothing": lambda model, teacher, data, decay: softlabels.BetaSmoothingLoss(
+        label_smoothing=_smoothing(data), ema_decay=decay
     ).attach(model),
-    "random Beta smoothing": lambda model, teacher, k, decay: softlabels.BetaSmoothingLoss(
-        label_smoothing=_smoothing(k), ranking="random"
+    "Beta smoothing, history": lambda model, teacher, data, decay: softlabels.BetaSmoothingLoss(
+        label_smoothing=_smoothing(data), ema_decay=decay, ranking="history", num_samples=len(data.train.labels)
     ),
-    "self-distillation": lambda model, teacher, k, decay: softlabels.SelfDistillationLoss().attach(
+    "random Beta smoothing": lambda model, teacher, data, decay: softlabels.BetaSmoothingLoss(
+        label_smoothing=_smoothing(data), ranking="random"
+    ),
+    "self-distillation": lambda model, teacher, data, decay: softlabels.SelfDistillationLoss().attach(
         model, teacher=teacher
     ),
-    "pruned self-distillation": lambda model, teacher, k, decay: softlabels.PrunedDistillationLoss().attach(
+    "pruned self-distillation": lambda model, teacher, data, decay: softlabels.PrunedDistillationLoss().attach(
         model, teacher=teacher
     ),
 }

@@ -44,12 +44,14 @@ def train(
     steps = [round(fraction * recipe.epochs) for fraction in recipe.milestones]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps)
     images, labels = data.train.images, data.train.labels
+    wants_index = getattr(criterion, "ranking", None) == "history"  # which samples these are, for their own past
     best, best_accuracy = copy.deepcopy(model.state_dict()), -1.0
     for _ in range(recipe.epochs):
         model.train()
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for batch in order[: len(order) // recipe.batch_size * recipe.batch_size].split(recipe.batch_size):
-            loss = criterion(model(random_shift(images[batch], recipe.padding, generator)), labels[batch])
+            which = {"index": batch} if wants_index else {}
+            loss = criterion(model(random_shift(images[batch], recipe.padding, generator)), labels[batch], **which)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

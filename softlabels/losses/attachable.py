@@ -65,7 +65,7 @@ class AttachableLoss(SoftLabelLoss):
         Raises:
             RuntimeError: the loss is attached already.
             TypeError: an argument is of the wrong type.
-            ValueError: ``teacher`` is the model itself.
+            ValueError: ``teacher`` is the model itself, or the loss is a part of the model.
 
         Example:
             >>> import torch, softlabels
@@ -78,13 +78,17 @@ class AttachableLoss(SoftLabelLoss):
             raise RuntimeError("this loss is attached already; call detach() first")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if any(module is self for module in model.modules()):
+            raise ValueError(
+                f"{type(self).__name__} is itself a part of the model; attach it to the submodule that makes the logits"
+            )
         teacher = self.make_teacher(model) if teacher is None else teacher
+        if isinstance(teacher, EMATeacher) and self._awaited:
+            teacher.load_state_dict(self._awaited)
         self._attachment = Attachment(model, teacher, optimizer, output, teacher_inputs)
         if isinstance(teacher, EMATeacher):
             self.add_module("teacher", teacher)
-            if self._awaited:
-                teacher.load_state_dict(self._awaited)
-                self._awaited = {}
+            self._awaited = {}
         else:
             self.__dict__["teacher"] = teacher  # not a submodule: neither saved nor moved with the loss
         return self

@@ -30,8 +30,7 @@ class Attachment:
     Args:
         model: The model in training, not kept alive.
         teacher: An EMATeacher, whose clock is started here if it follows ``model``; or any other module, which is put
-        in
-            eval mode and never updated.
+            in eval mode and never updated.
         optimizer: The optimizer whose steps count for the EMA; None: all that own parameters of ``model``.
         output: Where the logits are in what model and teacher return, see [`find_logits`][].
         teacher_inputs: Function of the model's inputs that returns the teacher's: a tuple of positional or a dict of

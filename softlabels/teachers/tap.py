@@ -70,9 +70,11 @@ class InputTap(_Hook):
         if module.training and torch.is_grad_enabled():
             self._captured = Captured(args, kwargs, _autocast_states(), _versions((args, kwargs)))
 
-    def note_logits(self, output: Any) -> None:
+    def note_logits(self, module: nn.Module, output: Any) -> None:
         """Remember where the logits of a kept pass lie."""
-        if self._captured is not None and self._select is not None and torch.is_grad_enabled():
+        if self._captured is None or self._select is None:
+            return
+        if module.training and torch.is_grad_enabled():
             logits = self._select(output)
             if logits is not None:
                 self._captured = self._captured._replace(logits=logits.detach())
@@ -91,7 +93,7 @@ class AfterPass(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Note the logits."""
-        self._tap.note_logits(output)
+        self._tap.note_logits(module, output)
 
 
 def inactive_tap(*_: Any) -> None:

@@ -215,6 +215,19 @@ def test_two_passes_before_one_loss():
     torch.testing.assert_close(criterion(logits, y), wanted)
 
 
+def test_a_pass_in_eval_mode_between_does_not_count():
+    """Grad enabled, but eval mode: neither its inputs nor its logits are the loss's."""
+    model = plain_model()
+    criterion = softlabels.SelfDistillationLoss().attach(model)
+    (one, y), (two, _) = DATA[:2]
+    logits = model(one)
+    model.eval()
+    model(two[:3])
+    model.train()
+    wanted = softlabels.functional.self_distillation_loss(logits, y, criterion.teacher(one))
+    torch.testing.assert_close(criterion(logits, y), wanted)
+
+
 def test_inputs_changed_in_place_raise():
     """A model that overwrites its input would show the teacher something else."""
     model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))
@@ -376,6 +389,8 @@ def test_inside_a_larger_module():
             self.loss = softlabels.BetaSmoothingLoss(ema_decay=0.9)
 
     system = System()
+    with pytest.raises(ValueError, match="is itself a part of the model; attach it to the submodule"):
+        system.loss.attach(system)
     system.loss.attach(system.model)
     train(system.model, system.loss, torch.optim.SGD(system.model.parameters(), lr=0.1), DATA)
     state = system.state_dict()
