@@ -8,6 +8,7 @@ exception has the same type.
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def check_reduction(reduction: object) -> None:
 
 def check_ignore_index(ignore_index: object) -> None:
     """``ignore_index`` is a whole number."""
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
 
 
@@ -43,13 +44,20 @@ def check_number(
     high_open: bool = False,
 ) -> None:
     """A number option lies in its interval, whose ends belong to it unless they are open."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    value = float(value)
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
     if not (above and below):
         left, right = "(" if low_open else "[", ")" if high_open else "]"
         raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """An option is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_positive(name: str, value: object, *, infinite: bool = False) -> None:
@@ -144,8 +152,8 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
             )
         if ignore_index >= 0:
             raise RuntimeError(
-                f"ignore_index={ignore_index} has no meaning for class probabilities; use sample_weight to leave "
-                "rows out"
+                f"ignore_index={ignore_index} has no meaning for class probabilities or counts; use sample_weight to "
+                "leave rows out"
             )
         return
     if input.dim() == 1:

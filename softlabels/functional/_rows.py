@@ -34,15 +34,21 @@ class Rows(NamedTuple):
 
     def row_argument(self, name: str, value: Tensor) -> Tensor:
         """Check an argument that has one value per row of the caller and bring it to (N, d1, ...)."""
-        _checks.check_like_rows(name, value, self.logits, self.shape[1:] if self.single else self.shape)
+        _checks.check_like_rows(name, value, self._callers_logits, self.shape[1:] if self.single else self.shape)
         return value.unsqueeze(0) if self.single else value
 
     def teacher_argument(self, teacher_logits: Tensor) -> Tensor:
         """Check the caller's teacher logits and bring them to (N, K, d1, ...) without their graph."""
-        if isinstance(teacher_logits, Tensor) and self.single:
-            teacher_logits = teacher_logits.unsqueeze(0)
-        _checks.check_teacher_logits(teacher_logits, self.logits)
-        return teacher_logits.detach().to(kernels.working_dtype(self.logits))
+        _checks.check_teacher_logits(teacher_logits, self._callers_logits)
+        teacher_logits = teacher_logits.detach().to(kernels.working_dtype(self.logits))
+        teacher_logits = teacher_logits.unsqueeze(0) if self.single else teacher_logits
+        if self.kept is not None:  # whatever a teacher says of ignored rows, be it nan
+            teacher_logits = teacher_logits.masked_fill(~self.kept.unsqueeze(1), 0.0)
+        return teacher_logits
+
+    @property
+    def _callers_logits(self) -> Tensor:
+        return self.logits.squeeze(0) if self.single else self.logits
 
 
 def prepare(
@@ -110,16 +116,16 @@ def run(kernel: Callable[..., Tensor], rows: Rows, *args: Any, **kwargs: Any) ->
         return kernel(rows.logits, rows.target, *args, class_weight=rows.class_weight, **kwargs)
     except RuntimeError:
         if not rows.target.is_floating_point():
-            check_labels(rows.target, rows.num_classes)
+            check_labels(rows.target, rows.num_classes, " or ignore_index")
         raise
 
 
-def check_labels(target: Tensor, num_classes: int) -> None:
+def check_labels(target: Tensor, num_classes: int, alternative: str = "") -> None:
     """Raise an IndexError for labels outside [0, num_classes), where reading them costs nothing."""
     bad = (target < 0) | (target >= num_classes)
     if _checks.peek(bad.any()):
         raise IndexError(
-            f"target must hold class indices in [0, {num_classes}) or ignore_index, got {target[bad][0].item()}"
+            f"target must hold class indices in [0, {num_classes}){alternative}, got {target[bad][0].item()}"
         ) from None
 
 
@@ -129,7 +135,8 @@ def reduce(losses: Tensor, rows: Rows, reduction: str) -> Tensor:
     ``"mean"`` divides by the summed sample weight times, for class indices, the class weight of the label.
     """
     if rows.sample_weight is not None:
-        losses = losses * rows.sample_weight
+        impossible = losses.isinf() & (rows.sample_weight == 0)  # 0 * inf is 0 here
+        losses = losses.masked_fill(impossible, 0.0) * rows.sample_weight
     if rows.kept is not None:
         losses = torch.where(rows.kept, losses, 0.0)
     if reduction == "none":
@@ -140,7 +147,7 @@ def reduce(losses: Tensor, rows: Rows, reduction: str) -> Tensor:
     if rows.kept is None and rows.sample_weight is None:
         return total / max(losses.numel(), 1)
     divisor = _row_weights(rows).sum()
-    return total / torch.where(divisor == 0, 1.0, divisor)
+    return torch.where(divisor == 0, 0.0, total / torch.where(divisor == 0, 1.0, divisor))
 
 
 def _row_weights(rows: Rows) -> Tensor:

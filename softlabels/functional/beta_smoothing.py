@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,8 @@ def beta_smoothing_loss(
         concentration: The parameter $a$ of Beta(a, 1), greater than 0; the mean draw is $a / (a + 1)$. Infinity is
             plain cross-entropy. With the defaults the true class gets 0.85 on average; see
             [`softlabels.tuning.beta_concentration`][].
-        generator: Source of the random numbers; None uses torch's default on the device of ``input``.
+        generator: Source of the random numbers; None uses torch's default on the device of ``input``. A generator
+            breaks the graph of torch.compile.
         weight: Class weights of shape (K,), any floating dtype: $w_c$ multiplies the term of class $c$.
         sample_weight: Non-negative weight of each row, of row shape.
         ignore_index: Rows with this label count for nothing: they are neither ranked nor drawn for.
@@ -177,10 +180,12 @@ def beta_draws(
     device = rows.logits.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if confidence is None:
-        uniform = torch.rand(rows.shape, dtype=dtype, device=device, generator=generator)
+        uniform = _rand(rows.shape, dtype, device, generator)
     else:
-        limit = torch.finfo(torch.float32).max
-        score = rows.row_argument("confidence", confidence).detach().float()
+        score = rows.row_argument("confidence", confidence).detach()
+        if not score.is_floating_point():
+            score = score.to(dtype)
+        limit = torch.finfo(score.dtype).max
         score = score.nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
         if rows.kept is not None:
             score = score.masked_fill(~rows.kept, torch.inf)  # behind all kept rows
@@ -189,10 +194,19 @@ def beta_draws(
     return (uniform ** (1.0 / concentration)).to(kernels.working_dtype(rows.logits))
 
 
+def _rand(shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    if generator is None:  # torch.compile cannot trace the keyword with a varying number of rows, even where it is None
+        return torch.rand(shape, dtype=dtype, device=device)
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(
+            "softlabels: a generator cannot be traced; leave generator=None, or allow graph breaks (fullgraph=False)"
+        )
+    return torch.rand(shape, dtype=dtype, device=device, generator=generator)
+
+
 def _ordered_uniforms(score: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
     """Independent uniforms handed out in ascending order of the score; rows of infinite score are not drawn for."""
-    source = torch.rand(score.numel() + 1, dtype=dtype, device=score.device, generator=generator)
-    return _hand_out(score, source)
+    return _hand_out(score, _rand((score.numel() + 1,), dtype, score.device, generator))
 
 
 def _hand_out(score: Tensor, source: Tensor) -> Tensor:
@@ -216,10 +230,11 @@ def _joint_uniforms(score: Tensor, dtype: torch.dtype, generator: torch.Generato
     largest = torch.tensor(score.numel(), device=score.device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     length = int(largest)
+    score = score.to(dtype)  # processes may have been given confidences of different dtypes
     padded = score.new_full((length,), torch.inf)
     padded[: score.numel()] = score
     gathered = [torch.empty_like(padded) for _ in range(world)]
     torch.distributed.all_gather(gathered, padded)
-    source = torch.rand(world * length + 1, dtype=dtype, device=score.device, generator=generator)
+    source = _rand((world * length + 1,), dtype, score.device, generator)
     torch.distributed.broadcast(source, 0)
     return _hand_out(torch.cat(gathered), source)[rank * length :][: score.numel()]

@@ -40,9 +40,9 @@ def dirichlet_map_loss(
     - ``"exact"``: $s_i = S_i = \sum_j \exp(f_{ij} / T)$, so that the prior is Eq. 8 to the letter,
       $\alpha_{ij} = \beta \exp(f_{ij} / T) + \gamma$. Adding a constant to a row's teacher logits multiplies that
       row's prior by $\exp(\mathrm{constant} / T)$ although the teacher's predictions stay the same: the scale
-      ambiguity of sec. 5.2. Where $S_i$ is too large for the arithmetic ($\log S_i > 60$; 600 in float64) this
-      raises on the CPU; on an accelerator, where looking would stall it, and under tracing, $\log S_i$ is cut off
-      there.
+      ambiguity of sec. 5.2. Where $S_i$ is too large for the arithmetic ($\log S_i > 60$; 600 in float64)
+      this raises on the CPU; on an accelerator, where looking would stall it, and under tracing, $\log S_i$ is cut off
+      there. A float16 gradient may overflow long before (at weights of 65504), as GradScaler expects.
     - ``"normalized"``: $s_i \propto \sum_j \exp((f_{ij} - \bar f_i) / T)$ with $\bar f_i$ the row's mean logit,
       scaled to mean 1 over the kept rows of the batch. It depends on the teacher's predictions alone: adding any
       constant to any row changes nothing. Where the rows of $f$ sum to zero, as those of a trained softmax layer
@@ -173,7 +173,7 @@ def _soft_weight(
     rows: Rows, teacher_logits: Tensor, beta: float, temperature: float, sample_weighting: str
 ) -> float | Tensor:
     """beta * s_i of Eq. 9, row-shaped."""
-    if sample_weighting == "none":
+    if sample_weighting == "none" or beta == 0:
         return beta
     scaled = teacher_logits / temperature
     if sample_weighting == "exact":

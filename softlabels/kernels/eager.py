@@ -71,7 +71,10 @@ def two_level(
     if not isinstance(off, Tensor) and off == 0:
         return loss
     uniform = log_p.sum(1) if class_weight is None else weighted_sum(_per_class(class_weight, log_p), log_p)
-    return loss - _scaled(off, uniform)
+    spread = _scaled(off, uniform)
+    loss = loss - spread
+    # An impossible class of which the label has less than its share (on < off): inf - inf, though all terms are inf.
+    return torch.where(loss.isnan() & (spread == -torch.inf), torch.inf, loss)
 
 
 def keep_surest(teacher_logits: Tensor, keep: int) -> Tensor:

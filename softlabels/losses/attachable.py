@@ -88,9 +88,9 @@ class AttachableLoss(SoftLabelLoss):
         self._attachment = Attachment(model, teacher, optimizer, output, teacher_inputs)
         if isinstance(teacher, EMATeacher):
             self.add_module("teacher", teacher)
-            self._awaited = {}
         else:
             self.__dict__["teacher"] = teacher  # not a submodule: neither saved nor moved with the loss
+        self._awaited = {}
         return self
 
     def detach(self) -> Self:
@@ -137,6 +137,11 @@ class AttachableLoss(SoftLabelLoss):
             )
         return logits
 
+    def forget_pass(self) -> None:
+        """Release the inputs of the model's latest pass: this call needs no teacher."""
+        if self._attachment is not None:
+            self._attachment.forget()
+
     @property
     def in_training(self) -> bool:
         """Whether the loss acts on the batch: in training mode with grad enabled."""
@@ -162,11 +167,13 @@ class AttachableLoss(SoftLabelLoss):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if self._attachment is not None:
+            self._attachment.forget_steps()
         teacher = prefix + TEACHER
         own = {key: value for key, value in state_dict.items() if key.startswith(teacher)}
         if "teacher" not in self._modules:
-            self._awaited = {key[len(teacher) :]: value for key, value in own.items()}
-            for key in own:
+            for key, value in own.items():
+                self._awaited[key[len(teacher) :]] = value.clone() if isinstance(value, Tensor) else value
                 del state_dict[key]
         elif not own and isinstance(self.teacher, EMATeacher):
             self._warn_missing("EMA teacher", "its average restarts from the model's present weights")

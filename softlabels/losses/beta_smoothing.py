@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from softlabels import tuning
 from softlabels.functional import _checks
+from softlabels.functional._rows import check_labels
 from softlabels.functional._two_level import two_level_loss
 from softlabels.functional.beta_smoothing import ranked_beta_smoothing_loss
 from softlabels.losses.attachable import AttachableLoss
@@ -124,8 +125,14 @@ class BetaSmoothingLoss(AttachableLoss):
         _checks.check_choice("ranking", ranking, RANKINGS)
         _checks.check_choice("rank_by", rank_by, RANK_BY)
         _checks.check_number("ema_decay", ema_decay, low=0.0, high=1.0, high_open=True)
-        if ranking == "history" and (not isinstance(num_samples, int) or num_samples < 1):
-            raise ValueError(f"ranking='history' needs num_samples, the size of the training set, got {num_samples!r}")
+        whole = isinstance(num_samples, int) and not isinstance(num_samples, bool) and num_samples > 0
+        if not whole and (ranking == "history" or num_samples is not None):
+            raise ValueError(
+                f"num_samples must be the size of the training set, which ranking='history' needs, got {num_samples!r}"
+            )
+        _checks.check_flag("global_ranking", global_ranking)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         self.label_smoothing = label_smoothing
         self.alpha = alpha
         self.concentration = concentration
@@ -153,7 +160,10 @@ class BetaSmoothingLoss(AttachableLoss):
         num_classes = input.shape[0 if input.dim() == 1 else 1]
         concentration = self.concentration_for(num_classes)
         common = self.common(sample_weight)
-        if concentration == float("inf"):
+        switched_off = concentration == float("inf")
+        if self.in_training and (switched_off or confidence is not None or self.ranking != "ema"):
+            self.forget_pass()
+        if switched_off:
             return two_level_loss(input, target, 1.0, **common)
         if not self.in_training:
             mean_draw = concentration / (concentration + 1.0)
@@ -161,8 +171,6 @@ class BetaSmoothingLoss(AttachableLoss):
         if confidence is None and self.ranking != "random":
             _checks.check_target(input, target, self.ignore_index)
             confidence = self._confidence(input, target, index)
-        elif self._attachment is not None:
-            self._attachment.forget()
         return ranked_beta_smoothing_loss(
             input,
             target,
@@ -228,7 +236,15 @@ class BetaSmoothingLoss(AttachableLoss):
                 "the call, or confidence="
             )
         _checks.check_like_rows("index", index, input, score.shape)
+        if index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"index must hold sample ids as torch.int64, got {index.dtype}")
+        if _checks.peek(((index < 0) | (index >= self.history.num_samples)).any()):
+            raise IndexError(
+                f"index must hold sample ids in [0, {self.history.num_samples}), got {index.min()} to {index.max()}"
+            )
         kept = torch.ones_like(score, dtype=torch.bool)
         if target.shape != input.shape:
             kept = target.reshape(score.shape) != self.ignore_index
+            labels = target.reshape(score.shape).masked_fill(~kept, 0)
+            check_labels(labels, input.shape[min(input.dim() - 1, 1)], " or ignore_index")  # before anything is kept
         return self.history.rank_and_update(index, score, kept)

@@ -23,8 +23,7 @@ class _TeacherLoss(AttachableLoss):
         if not self.in_training:
             return teacher_logits
         if teacher_logits is not None or not needed:
-            if self._attachment is not None:
-                self._attachment.forget()
+            self.forget_pass()
             return teacher_logits
         return self.ask_teacher(input, "teacher_logits")
 
@@ -85,6 +84,7 @@ class SelfDistillationLoss(_TeacherLoss):
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
         _checks.check_fraction("alpha", alpha)
         _checks.check_positive("temperature", temperature)
+        _checks.check_flag("scale_student", scale_student)
         self.alpha = alpha
         self.temperature = temperature
         self.scale_student = scale_student

@@ -18,6 +18,7 @@ from softlabels.teachers.models import (
     check_output,
     check_supported,
     find_logits,
+    is_unrelated,
     select_logits,
     unwrap,
 )
@@ -61,6 +62,8 @@ class Attachment:
         self._tap = InputTap(select_logits(output))
         self._clock: StepClock | None = None
         if isinstance(teacher, EMATeacher):
+            if teacher.source is None:
+                teacher.follow(model)
             if teacher.source is unwrap(model):
                 self._clock = teacher.follow_steps(optimizer)
         else:
@@ -91,12 +94,17 @@ class Attachment:
                 "the inputs of the model's latest training pass have been written to since it began, so the teacher "
                 "would see something else; do not change them in place before the loss is computed"
             )
+        if captured.passes > 1 and is_unrelated(captured.logits, input):
+            raise RuntimeError(
+                f"the attached model made {captured.passes} training passes since the loss was last called, and the "
+                "loss was not given the logits of the last one; call the loss after each pass"
+            )
         self.flush()
         args, kwargs = captured.args, captured.kwargs
         if self._teacher_inputs is not None:
             args, kwargs = _as_arguments(self._teacher_inputs(*args, **kwargs))
         if isinstance(self.teacher, EMATeacher):
-            self.teacher.follow_device()
+            self.teacher.follow_dtype_and_device()
         else:
             self.teacher.eval()
             args, kwargs = _like_parameters((args, kwargs), self.teacher)
@@ -116,6 +124,11 @@ class Attachment:
         """Release the inputs of the latest pass."""
         self._tap.take()
 
+    def forget_steps(self) -> None:
+        """Drop optimizer steps that an EMA teacher has not followed yet: its state is about to be replaced."""
+        if self._clock is not None:
+            self._clock.clear()
+
     def flush(self) -> None:
         """Bring an EMA teacher up to date with optimizer steps already made."""
         if self._clock is not None:
@@ -127,6 +140,8 @@ class Attachment:
             hook.remove()
         self._release.detach()
         self.forget()
+        if isinstance(self.teacher, EMATeacher) and self.teacher.source is not None:
+            self.flush()
         self._clock = None
 
 

@@ -33,6 +33,9 @@ class EMATeacher(nn.Module):
     move) and rounded for the forward pass. Frozen parameters are copied. The teacher never requires gradients and
     keeps its own training mode whatever is done to the modules around it.
 
+    Hooks on the modules of the model are copied with them. A hook that captures features therefore sees the teacher's
+    pass as well, where grad is disabled: let it return at once if ``not torch.is_grad_enabled()``.
+
     Args:
         model: The model to follow. It is copied, without its gradients; wrappers of torch.compile and
             DistributedDataParallel are looked through. The teacher holds no strong reference to it.
@@ -92,7 +95,7 @@ class EMATeacher(nn.Module):
         self.module.requires_grad_(False)
         self.module.zero_grad(set_to_none=True)
         self.module.train(mode == "train")
-        self._make_accumulators()
+        self._set_averages({name: p.detach() for name, p in self.module.named_parameters()})
 
     @property
     def source(self) -> nn.Module | None:
@@ -120,7 +123,7 @@ class EMATeacher(nn.Module):
         source = self.source
         if source is not None:
             self.module.load_state_dict(source.state_dict())
-            self._make_accumulators()
+            self._set_averages({name: p.detach() for name, p in self.module.named_parameters()})
             self.num_updates = 0
 
     @torch.no_grad()
@@ -135,14 +138,15 @@ class EMATeacher(nn.Module):
         source = self.source
         if source is None:
             raise RuntimeError(
-                "the model that this EMATeacher follows is gone (deleted, or the teacher was copied or unpickled)"
+                "the model that this EMATeacher follows is gone (deleted, or the teacher was copied or unpickled: "
+                "then call follow(model))"
             )
         live = dict(source.named_parameters())
         own = dict(self.module.named_parameters())
         if live.keys() != own.keys():
             changed = sorted(live.keys() ^ own.keys())
             raise RuntimeError(f"the model's parameters have changed since the EMATeacher was made: {changed[:5]}")
-        self.follow_device()
+        self.follow_dtype_and_device()
         self._check_sharding(live, own)
         self.num_updates += 1
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay)
@@ -209,21 +213,50 @@ class EMATeacher(nn.Module):
         """float32 averages of the parameters of fewer bits, by parameter name."""
         return {name: self.get_buffer(buffer) for name, buffer in self._accumulator_names.items()}
 
-    def _make_accumulators(self) -> None:
+    def _set_averages(self, averages: dict[str, Tensor]) -> None:
+        """Take over averages by parameter name: as they are, or in float32 beside parameters of fewer bits."""
+        for buffer in getattr(self, "_accumulator_names", {}).values():
+            del self._buffers[buffer]
         self._accumulator_names: dict[str, str] = {}
         for name, parameter in self.module.named_parameters():
+            parameter.data = averages[name].to(parameter.device, parameter.dtype)
             if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
                 buffer = "average_" + name.replace(".", "__")
-                self.register_buffer(buffer, parameter.detach().float())
+                self.register_buffer(buffer, averages[name].to(parameter.device, torch.float32))
                 self._accumulator_names[name] = buffer
 
-    def follow_device(self) -> None:
-        """Move to where the model has gone since it was copied."""
+    def follow(self, model: nn.Module) -> None:
+        """Follow ``model`` from now on, as a teacher that was copied or unpickled must be told.
+
+        Args:
+            model: A model with parameters of the names and shapes of the one that was copied.
+
+        Raises:
+            ValueError: the parameters differ.
+        """
+        source = unwrap(model)
+        shapes = {name: p.shape for name, p in source.named_parameters()}
+        if shapes != {name: p.shape for name, p in self.module.named_parameters()}:
+            raise ValueError("model does not have the parameters of the model that this EMATeacher was made from")
+        self._source = weakref.ref(source)
+
+    @torch.no_grad()
+    def follow_dtype_and_device(self) -> None:
+        """Move to where, and to what dtype, the model has gone since it was copied."""
         source = self.source
         own = next(self.module.parameters(), None)
-        live = None if source is None else next(source.parameters(), None)
-        if own is not None and live is not None and own.device != live.device:
-            self.to(live.device)
+        first = None if source is None else next(source.parameters(), None)
+        if own is None or source is None or first is None or (own.device, own.dtype) == (first.device, first.dtype):
+            return
+        self.to(first.device)
+        averages = {name: self._accumulators.get(name, p).detach() for name, p in self.module.named_parameters()}
+        live = dict(source.named_parameters())
+        for name, parameter in self.module.named_parameters():
+            parameter.data = parameter.data.to(live[name].dtype)
+        buffers = dict(source.named_buffers())
+        for name, buffer in self.module.named_buffers():
+            buffer.data = buffer.data.to(buffers[name].dtype)
+        self._set_averages(averages)
 
     def _reshard(self) -> None:
         """After a pass, give gathered FSDP2 parameters back: FSDP waits for a backward pass that never comes."""

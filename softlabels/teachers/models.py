@@ -93,6 +93,13 @@ def as_given(teacher_logits: Tensor, produced: Tensor | None, given: Tensor) -> 
     return teacher_logits if teacher_logits.shape == given.shape else None
 
 
+def is_unrelated(produced: Tensor | None, given: Tensor) -> bool:
+    """Whether ``given`` looks like a model's own logits (its shape, its dtype) but lies elsewhere than ``produced``."""
+    if produced is None or (produced.shape, produced.dtype) != (given.shape, given.dtype) or is_sharded(produced):
+        return False
+    return bool(produced.untyped_storage().data_ptr() != given.untyped_storage().data_ptr())
+
+
 def _is_other_view(produced: Tensor, given: Tensor) -> bool:
     """Whether ``given`` is another view of the dense tensor ``produced``."""
     if produced.device != given.device or produced.dtype != given.dtype or is_sharded(produced) or not given.numel():

@@ -25,6 +25,7 @@ class Captured(NamedTuple):
     kwargs: dict[str, Any]
     autocast: tuple[AutocastState, ...]
     versions: tuple[int, ...]
+    passes: int  # training passes since inputs were last handed over
     logits: Tensor | None = None  # what the model made of them, without its graph; shares their storage
 
     def changed(self) -> bool:
@@ -68,7 +69,8 @@ class InputTap(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the inputs of a training pass."""
         if module.training and torch.is_grad_enabled():
-            self._captured = Captured(args, kwargs, _autocast_states(), _versions((args, kwargs)))
+            passes = 1 if self._captured is None else self._captured.passes + 1
+            self._captured = Captured(args, kwargs, _autocast_states(), _versions((args, kwargs)), passes)
 
     def note_logits(self, module: nn.Module, output: Any) -> None:
         """Remember where the logits of a kept pass lie."""

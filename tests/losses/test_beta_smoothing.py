@@ -197,7 +197,7 @@ def test_options_that_contradict_each_other():
     criterion(torch.randn(4, 2), torch.tensor([0, 1, 1, 0]))  # 1 - 0.7 + 0.35 = 0.65 for two classes
     with pytest.raises(ValueError, match=r"label_smoothing=0\.7 with 100 classes .* 0\.307 .* alpha=0\.4"):
         criterion(torch.randn(4, 100), torch.tensor([0, 1, 1, 0]))
-    with pytest.raises(ValueError, match="ranking='history' needs num_samples"):
+    with pytest.raises(ValueError, match=r"num_samples must be the size of the training set, .* got None"):
         softlabels.BetaSmoothingLoss(ranking="history")
     with pytest.raises(ValueError, match="ranking must be one of 'ema', 'history', 'batch', 'random', got 'emma'"):
         softlabels.BetaSmoothingLoss(ranking="emma")
@@ -217,3 +217,67 @@ def test_single_class():
     assert loss == 0
     loss.backward()
     assert logits.grad.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "confidence",
+    [
+        torch.tensor([1 - 1e-10, 1 - 1e-9], dtype=torch.float64),  # one number in float32
+        torch.tensor([2**24 + 1, 2**24]),
+        torch.tensor([-3, -4], dtype=torch.int8),
+    ],
+    ids=str,
+)
+def test_confidences_are_compared_in_their_own_precision(confidence):
+    for seed in range(20):
+        b = draws(torch.zeros(2, dtype=torch.long), 3, confidence, seed=seed)
+        assert b[0] >= b[1]
+
+
+def test_impossible_label_with_a_small_draw():
+    """on < off for small draws: inf - inf must not be nan."""
+    criterion = softlabels.BetaSmoothingLoss(ranking="random", label_smoothing=0.5, alpha=0.1, reduction="none")
+    logits = torch.zeros(1000, 3)
+    logits[:, 0] = -torch.inf
+    assert criterion(logits, torch.zeros(1000, dtype=torch.long)).eq(torch.inf).all()
+
+
+def test_history_checks_before_it_writes():
+    criterion = softlabels.BetaSmoothingLoss(ranking="history", num_samples=4)
+    logits, target = torch.randn(2, 3), torch.tensor([0, 1])
+    for index, error, message in (
+        (torch.tensor([0, -1]), IndexError, r"index must hold sample ids in \[0, 4\), got -1 to 0"),
+        (torch.tensor([0, 4]), IndexError, "got 0 to 4"),
+        (torch.tensor([0, 1], dtype=torch.uint8), TypeError, r"torch\.int64, got torch\.uint8"),
+    ):
+        with pytest.raises(error, match=message):
+            criterion(logits, target, index=index)
+    with pytest.raises(IndexError, match="target must hold class indices"):
+        criterion(logits, torch.tensor([0, 3]), index=torch.tensor([0, 1]))
+    assert criterion.history.doubt.isnan().all()
+    criterion(logits, torch.tensor([0, -100]), index=torch.tensor([2, 3]))
+    assert criterion.history.doubt.isnan().tolist() == [True, True, False, True]
+
+
+def test_a_generator_breaks_the_graph_and_says_so():
+    criterion = softlabels.BetaSmoothingLoss(ranking="random", generator=torch.Generator().manual_seed(0))
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(Exception, match="a generator cannot be traced"):
+        torch.compile(criterion, backend="aot_eager", fullgraph=True)(logits, target)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"generator": 3}, TypeError),
+        ({"global_ranking": "yes"}, TypeError),
+        ({"num_samples": True}, ValueError),
+        ({"num_samples": "x"}, ValueError),
+        ({"ema_decay": 1.0}, ValueError),
+        ({"rank_by": "mean"}, ValueError),
+    ],
+    ids=str,
+)
+def test_options_of_the_wrong_kind(options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        softlabels.BetaSmoothingLoss(**options)

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, expected
@@ -370,3 +371,71 @@ def test_wrong_extra_arguments_are_named(case):
 def test_uint8_labels(case):
     logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     torch.testing.assert_close(case.call(logits, target.to(torch.uint8)), case.call(logits, target), rtol=0, atol=0)
+
+
+@each_loss
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_takes_another_batch_size(case, dynamic):
+    """The last batch of an epoch is smaller."""
+    torch.compiler.reset()
+    compiled = torch.compile(case.functional, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (8, 6, 3):
+        logits, target = torch.randn(rows, 5), torch.randint(5, (rows,))
+        options = {**case.on, **case.extras(logits)}
+        torch.manual_seed(5)
+        wanted = case.functional(logits, target, **options)
+        torch.manual_seed(5)
+        torch.testing.assert_close(compiled(logits, target, **options), wanted)
+
+
+@each_loss
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
+def test_junk_in_an_ignored_row_of_the_teacher(case, junk):
+    """Padding tokens of a masked model: neither loss nor gradient hears of them."""
+    if case.argument is None:
+        pytest.skip("takes no argument per row")
+    logits = torch.randn(4, 3, requires_grad=True)
+    target = torch.tensor([0, -100, 2, 1])
+    extras = case.extras(logits)
+    wanted = case.call(logits, target, **extras)
+    (wanted_grad,) = torch.autograd.grad(wanted, logits)
+    for value in extras.values():
+        value[1] = junk
+    loss = case.call(logits, target, **extras)
+    (grad,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(grad, wanted_grad)
+
+
+@each_loss
+def test_weights_of_zero(case):
+    """Class weights that sum to 0 over the batch, and a row of infinite loss that is asked not to count."""
+    logits = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    target = torch.zeros(3, dtype=torch.long)
+    loss = case.call(logits, target, weight=torch.tensor([0.0, 1.0]))
+    assert loss == 0 == expected(case, logits, target, weight=torch.tensor([0.0, 1.0]))
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad.eq(0).all()
+    masked = logits.detach().clone()
+    masked[1, 0] = -torch.inf
+    for reduction in ("mean", "sum", "none"):
+        losses = case.call(masked, target, sample_weight=torch.tensor([1.0, 0.0, 1.0]), reduction=reduction)
+        assert losses.isfinite().all()
+
+
+@each_loss
+def test_the_label_is_impossible(case):
+    """Infinite, never nan, also where the soft label has less of the true class than of the others."""
+    logits = torch.zeros(200, 3)
+    logits[:, 0] = -torch.inf
+    losses = case.call(logits, torch.zeros(200, dtype=torch.long), reduction="none")
+    assert losses.eq(torch.inf).all()
+
+
+@each_loss
+def test_numpy_numbers_are_numbers(case):
+    on = {k: np.float64(v) if isinstance(v, float) else v for k, v in case.on.items()}
+    criterion = case.module(**on, **case.random(), ignore_index=np.int64(1))
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    got = criterion(logits, target, **case.extras(logits))
+    torch.testing.assert_close(got, case.call(logits, target, ignore_index=1))

@@ -404,3 +404,78 @@ def test_inside_a_larger_module():
             other.loss.attach(other.model)
         assert other.loss.teacher.num_updates == 4
         assert torch.equal(other.loss.teacher.module[0].weight, system.loss.teacher.module[0].weight)
+
+
+def test_a_loss_on_an_earlier_pass_raises():
+    model = plain_model()
+    criterion = attached(model)
+    (one, y), (two, _) = DATA[:2]
+    earlier, _ = model(one), model(two)
+    with pytest.raises(RuntimeError, match=r"2 training passes .* not given the logits of the last one"):
+        criterion(earlier, y)
+
+
+def test_a_model_that_changes_dtype_takes_its_teacher_along():
+    model = plain_model()
+    criterion = attached(model)
+    x, y = DATA[0]
+    before = criterion.teacher.module[0].weight.clone()
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        model.to(dtype)
+        assert criterion(model(x.to(dtype)), y).isfinite()
+        assert criterion.teacher.module[0].weight.dtype == dtype
+        # the float32 average survives a stay in bfloat16
+        torch.testing.assert_close(criterion.teacher._accumulators.get("0.weight", before.to(dtype)).float(), before)
+    torch.testing.assert_close(criterion.teacher.module[0].weight, before, rtol=0, atol=0)
+
+
+def test_state_that_waits_for_attach():
+    """It is a copy, it survives being saved again, inside another module too, and a frozen teacher clears it."""
+    model = plain_model()
+    criterion = attached(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    train(model, criterion, optimizer, DATA)
+    waiting = nn.ModuleDict({"loss": softlabels.BetaSmoothingLoss(ema_decay=0.8)})
+    state = nn.ModuleDict({"loss": criterion}).state_dict()
+    waiting.load_state_dict(state)
+    kept = {key: value.clone() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    train(model, criterion, optimizer, DATA)
+    again = waiting.state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], value) for key, value in kept.items())
+    waiting.load_state_dict({}, strict=False)
+    waiting["loss"].attach(model)
+    assert waiting["loss"].teacher.num_updates == 4
+    frozen = softlabels.SelfDistillationLoss()
+    frozen.load_state_dict(criterion.state_dict())
+    frozen.attach(model, teacher=plain_model())
+    assert not frozen.state_dict()
+
+
+def test_state_that_does_not_fit_leaves_the_loss_unattached():
+    criterion = softlabels.BetaSmoothingLoss()
+    criterion.load_state_dict(attached(plain_model()).state_dict())
+    other = nn.Linear(4, 3)
+    with pytest.raises(RuntimeError, match=r"EMATeacher"):
+        criterion.attach(other)
+    assert not other._forward_pre_hooks
+    criterion.attach(plain_model())
+
+
+@pytest.mark.parametrize("way", ["confidence", "switched off", "ranking"])
+def test_inputs_are_released_by_every_training_call(way):
+    model = plain_model()
+    criterion = softlabels.BetaSmoothingLoss(
+        label_smoothing=0.0 if way == "switched off" else 0.15, ranking="batch" if way == "ranking" else "ema"
+    ).attach(model)
+    distillation = softlabels.SelfDistillationLoss().attach(model)
+    x = torch.randn(8, 4)
+    inputs = weakref.ref(x)
+    logits = model(x)
+    del x
+    target = DATA[0][1]
+    criterion(logits, target, confidence=torch.rand(8) if way == "confidence" else None)
+    distillation(logits, target, teacher_logits=torch.randn(8, 3))
+    del logits
+    gc.collect()
+    assert inputs() is None

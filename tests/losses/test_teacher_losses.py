@@ -300,6 +300,53 @@ def test_evaluation_without_a_teacher_is_cross_entropy(cls):
     with torch.no_grad():
         torch.testing.assert_close(criterion(logits, target), wanted)
     torch.testing.assert_close(criterion.eval()(logits, target), wanted)
-    assert criterion(logits, target, teacher_logits=teacher_logits) != wanted  # asked for, so given
+    options = {"prune": 0.25} if cls == "PrunedDistillationLoss" else {}
+    asked = getattr(softlabels, cls)(**options).eval()(logits, target, teacher_logits=teacher_logits)
+    functional = {
+        "SelfDistillationLoss": self_distillation_loss,
+        "PrunedDistillationLoss": pruned_distillation_loss,
+        "InstanceDirichletMAPLoss": dirichlet_map_loss,
+    }[cls]
+    torch.testing.assert_close(asked, functional(logits, target, teacher_logits, **options))
     with pytest.raises(RuntimeError, match=rf"{cls} needs a teacher in training: add criterion\.attach\(model\)"):
         criterion.train()(logits, target)
+
+
+def test_an_excluded_class_is_left_out_of_the_centre():
+    """normalized: -inf in the teacher is no part of the row's mean, also for the targets and the reference."""
+    logits, target, teacher_logits = batch()
+    teacher_logits[1, 3] = teacher_logits[2, 0] = -torch.inf
+    s = reference.strengths(teacher_logits.tolist(), [True] * 6, 4.0, "normalized")
+    wanted = [
+        reference.dirichlet_map(x, y, [1.0] * 5, f, s_i, 0.5, 4.0, 1.0)
+        for x, y, f, s_i in zip(logits.tolist(), target.tolist(), teacher_logits.tolist(), s, strict=True)
+    ]
+    got = dirichlet_map_loss(logits, target, teacher_logits, beta=0.5, reduction="none")
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_exact_reaches_further_in_float64():
+    logits, target, teacher_logits = batch()
+    large = teacher_logits + 400.0
+    loss = dirichlet_map_loss(logits, target, large, sample_weighting="exact", temperature=1.0)
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match="float32"):
+        dirichlet_map_loss(logits.float(), target, large.float(), sample_weighting="exact", temperature=1.0)
+
+
+@pytest.mark.parametrize("sample_weighting", ["none", "normalized", "exact"])
+def test_no_prior_is_cross_entropy_whatever_the_teacher(sample_weighting):
+    logits, target, teacher_logits = batch()
+    teacher_logits[0] = -torch.inf
+    teacher_logits[1] = torch.nan
+    teacher_logits[2] = 1e9
+    loss = dirichlet_map_loss(logits, target, teacher_logits, beta=0.0, sample_weighting=sample_weighting)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target))
+
+
+def test_gamma_alone_needs_a_teacher():
+    with pytest.raises(RuntimeError, match="needs a teacher"):
+        softlabels.InstanceDirichletMAPLoss(beta=0.0, gamma=1.5)(torch.randn(2, 3), torch.tensor([0, 1]))
+    logits, target = torch.randn(2, 3), torch.tensor([0, 1])
+    loss = softlabels.InstanceDirichletMAPLoss(beta=0.0)(logits, target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from loops import MeanTeacher, assert_same_parameters, batches, make_model, train
@@ -176,3 +178,73 @@ def test_two_losses_keep_apart_or_share():
     assert shared.teacher.num_updates == 5
     with pytest.raises(ValueError, match="already follows the steps"):
         softlabels.SelfDistillationLoss().attach(model, teacher=shared.teacher, optimizer=optimizer)
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer that steps another inside its own step, as SAM and Lookahead do."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def test_an_optimizer_around_another_is_one_step():
+    model = make_model()
+    criterion, by_hand = attached(model), MeanTeacher(model, 0.8)
+    optimizer = Around(torch.optim.SGD(model.parameters(), lr=0.1))
+    train(model, criterion, optimizer, batches(5), by_hand.step)
+    assert criterion.teacher.num_updates == 5
+    assert_same_parameters(criterion.teacher, by_hand)
+
+
+def test_a_step_that_raises_does_not_stop_the_clock():
+    model = make_model()
+    criterion, by_hand = attached(model), MeanTeacher(model, 0.8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure)
+    train(model, criterion, optimizer, batches(3), by_hand.step)
+    assert criterion.teacher.num_updates == 3
+    assert_same_parameters(criterion.teacher, by_hand)
+
+
+def test_pending_steps_at_detach_and_load():
+    model = make_model()
+    criterion = attached(model)
+    optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)  # a part of the model: the round stays open
+    state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in criterion.state_dict().items()}
+    train(model, criterion, optimizer, batches(1))
+    criterion.load_state_dict(state)
+    _ = criterion.state_dict()
+    assert criterion.teacher.num_updates == 0  # the loaded average does not move by a step made before
+    train(model, criterion, optimizer, batches(1))
+    teacher = criterion.teacher
+    criterion.detach()
+    assert teacher.num_updates == 1
+
+
+def test_a_teacher_of_another_model_is_left_alone():
+    model, other = make_model(0), make_model(1)
+    foreign = softlabels.EMATeacher(other)
+    criterion = softlabels.SelfDistillationLoss().attach(model, teacher=foreign)
+    train(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), batches(2))
+    assert foreign.num_updates == 0
+
+
+def test_an_unpickled_teacher_is_told_whom_to_follow():
+    model = make_model()
+    teacher = pickle.loads(pickle.dumps(softlabels.EMATeacher(model)))
+    with pytest.raises(RuntimeError, match=r"call follow\(model\)"):
+        teacher.update()
+    with pytest.raises(ValueError, match="does not have the parameters"):
+        teacher.follow(torch.nn.Linear(2, 2))
+    criterion = softlabels.SelfDistillationLoss().attach(model, teacher=teacher)  # attach tells it
+    train(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), batches(2))
+    assert teacher.num_updates == 2

@@ -1,0 +1,41 @@
+"""The timing code: pairs, medians of ratios, and one tiny run of the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.speed import __main__ as command
+from benchmarks.speed.timing import interleave, ratio
+from benchmarks.speed.train_step import LOSSES, resnet18
+
+
+def test_interleaving_calls_everyone_equally_often():
+    calls = {"a": 0, "b": 0}
+
+    def run(name):
+        calls[name] += 1
+
+    seconds = interleave({name: lambda name=name: run(name) for name in calls}, 5, torch.device("cpu"), warmup=2)
+    assert calls == {"a": 7, "b": 7}
+    assert all(len(times) == 5 for times in seconds.values())
+
+
+def test_ratio_is_the_median_of_pairs():
+    paired = ratio([2.0, 30.0, 400.0], [1.0, 10.0, 100.0])  # ratios 2, 3, 4; the ratio of medians would be 3 as well
+    assert (paired.median, paired.low, paired.high) == (3.0, 2.0, 4.0)
+    assert ratio([1.0, 9.0, 9.0], [1.0, 1.0, 9.0]).median == 1.0  # the ratio of medians would be 9
+
+
+def test_published_parameter_count():
+    assert sum(p.numel() for p in resnet18(10).parameters()) == pytest.approx(11.17e6, rel=1e-3)
+
+
+def test_command_line(tmp_path, capsys):
+    command.main(["train-step", "--rounds", "1", "--batch-size", "2", "--threads", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for name in LOSSES:
+        assert f"| {name} |" in printed
+    assert set(LOSSES) < set(json.loads((tmp_path / "records.json").read_text())["seconds"])
