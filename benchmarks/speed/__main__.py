@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("benchmark", choices=["train-step"], help="train-step: cost of a loss in a whole training step")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default %(default)s")
     parser.add_argument("--batch-size", type=int, default=128, help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved repetitions (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=16, help="repetitions (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
     parser.add_argument("--out", type=Path, default=None, help="folder for a table and JSON (default: print alone)")
     options = parser.parse_args(arguments)
@@ -33,12 +33,13 @@ def main(arguments: list[str] | None = None) -> None:
     made = provenance(command)
     lines = ["| step, or part of one | median (ms) | ratio to nn.CrossEntropyLoss (quartiles) |", "|---|---:|---:|"]
     lines += [
-        f"| {name} | {1e3 * statistics.median(result['seconds']):.2f} | {result['ratio']} |"
+        f"| {name} | {1e3 * statistics.median(result['seconds']):.2f} | {result['ratio'] or 1} |"
         for name, result in results.items()
     ]
     note = (
-        f"ResNet-18 for 32 x 32 images, batch {options.batch_size}, {options.rounds} interleaved rounds. Made by "
-        f"`{command}` with softlabels {made['softlabels']}, torch {made['torch']} on {made['hardware']}."
+        f"ResNet-18 for 32 x 32 images, batch {options.batch_size}, each step timed {options.rounds} times between two "
+        f"of the base. Made by `{command}` with softlabels {made['softlabels']}, torch {made['torch']} on "
+        f"{made['hardware']}."
     )
     text = "\n".join(lines)
     print(f"\n{text}\n\n{note}")

@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median over rounds of time / base time, with the quartiles of the rounds."""
+    """Median over rounds of a rival's time over the base's, with the quartiles."""
 
     median: float
     low: float
@@ -24,29 +24,49 @@ class Ratio:
 
 
 def interleave(
-    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 3
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round; every round calls all runs once, in random order."""
+    base: Callable[[], object],
+    rivals: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 3,
+) -> tuple[list[float], dict[str, list[tuple[float, float]]]]:
+    """Time every rival between two runs of the base, in random order, ``rounds`` times.
+
+    Returns:
+        The seconds of the base, and for each rival pairs of its own seconds and the mean of the two base runs around
+        it: a
+        machine whose speed drifts is compared with itself at the same moment.
+    """
     order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    base_seconds: list[float] = []
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     for index in range(warmup + rounds):
-        for name in order.sample(list(runs), len(runs)):
-            synchronize(device)
-            start = time.perf_counter()
-            runs[name]()
-            synchronize(device)
+        before = _seconds(base, device)
+        for name in order.sample(list(rivals), len(rivals)):
+            own = _seconds(rivals[name], device)
+            after = _seconds(base, device)
             if index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                pairs[name].append((own, (before + after) / 2))
+                base_seconds.append(after)
+            before = after
+    return base_seconds, pairs
 
 
-def ratio(seconds: list[float], base: list[float]) -> Ratio:
-    """Compare two runs of the same rounds."""
-    ratios = [a / b for a, b in zip(seconds, base, strict=True)]
+def ratio(pairs: list[tuple[float, float]]) -> Ratio:
+    """Median and quartiles of rival over base."""
+    ratios = [own / base for own, base in pairs]
     if len(ratios) < 2:
         return Ratio(ratios[0], ratios[0], ratios[0])
     low, median, high = statistics.quantiles(ratios, n=4)
     return Ratio(median, low, high)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

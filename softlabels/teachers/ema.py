@@ -141,19 +141,20 @@ class EMATeacher(nn.Module):
                 "the model that this EMATeacher follows is gone (deleted, or the teacher was copied or unpickled: "
                 "then call follow(model))"
             )
+        self.follow_dtype_and_device()
         live = dict(source.named_parameters())
         own = dict(self.module.named_parameters())
         if live.keys() != own.keys():
             changed = sorted(live.keys() ^ own.keys())
             raise RuntimeError(f"the model's parameters have changed since the EMATeacher was made: {changed[:5]}")
-        self.follow_dtype_and_device()
         self._check_sharding(live, own)
         self.num_updates += 1
         decay = min(1.0 - 1.0 / (self.num_updates + 1), self.decay)
+        accumulators = self._accumulators
         averages: list[Tensor] = []
         values: list[Tensor] = []
         for name, parameter in live.items():
-            average = self._accumulators.get(name, own[name])
+            average = accumulators.get(name, own[name])
             if parameter.requires_grad:
                 averages.append(average)
                 values.append(parameter.detach().to(average.dtype))
@@ -162,7 +163,7 @@ class EMATeacher(nn.Module):
         if averages:
             torch._foreach_mul_(averages, decay)
             torch._foreach_add_(averages, values, alpha=1.0 - decay)
-        for name, average in self._accumulators.items():
+        for name, average in accumulators.items():
             own[name].copy_(average)
         if self.mode == "eval":
             buffers = dict(source.named_buffers())
@@ -176,9 +177,8 @@ class EMATeacher(nn.Module):
             result = self.module(*args, **kwargs)
             self._reshard()
             return result
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        devices = list({p.device for p in self.module.parameters() if p.device.type not in ("cpu", "meta")})
+        with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
             torch.manual_seed(torch.initial_seed() ^ (0x5EED << 32 | self._streams))
             self._streams += 1
             result = self.module(*args, **kwargs)
@@ -249,13 +249,14 @@ class EMATeacher(nn.Module):
         if own is None or source is None or first is None or (own.device, own.dtype) == (first.device, first.dtype):
             return
         self.to(first.device)
-        averages = {name: self._accumulators.get(name, p).detach() for name, p in self.module.named_parameters()}
+        accumulators = self._accumulators
+        averages = {name: accumulators.get(name, p).detach() for name, p in self.module.named_parameters()}
         live = dict(source.named_parameters())
         for name, parameter in self.module.named_parameters():
-            parameter.data = parameter.data.to(live[name].dtype)
+            parameter.data = parameter.data.to(live[name].dtype if name in live else parameter.dtype)
         buffers = dict(source.named_buffers())
         for name, buffer in self.module.named_buffers():
-            buffer.data = buffer.data.to(buffers[name].dtype)
+            buffer.data = buffer.data.to(buffers[name].dtype if name in buffers else buffer.dtype)
         self._set_averages(averages)
 
     def _reshard(self) -> None:

@@ -12,21 +12,26 @@ from benchmarks.speed.timing import interleave, ratio
 from benchmarks.speed.train_step import LOSSES, resnet18
 
 
-def test_interleaving_calls_everyone_equally_often():
-    calls = {"a": 0, "b": 0}
-
-    def run(name):
-        calls[name] += 1
-
-    seconds = interleave({name: lambda name=name: run(name) for name in calls}, 5, torch.device("cpu"), warmup=2)
-    assert calls == {"a": 7, "b": 7}
-    assert all(len(times) == 5 for times in seconds.values())
+def test_every_rival_runs_between_two_of_the_base():
+    calls = []
+    base_seconds, pairs = interleave(
+        lambda: calls.append("base"),
+        {name: lambda name=name: calls.append(name) for name in "ab"},
+        5,
+        torch.device("cpu"),
+        warmup=2,
+    )
+    neighbours = {(calls[i - 1], calls[i + 1]) for i, name in enumerate(calls) if name != "base"}
+    assert neighbours == {("base", "base")}
+    assert calls.count("a") == calls.count("b") == 7
+    assert [len(pairs[name]) for name in "ab"] == [5, 5]
+    assert len(base_seconds) == 10
 
 
 def test_ratio_is_the_median_of_pairs():
-    paired = ratio([2.0, 30.0, 400.0], [1.0, 10.0, 100.0])  # ratios 2, 3, 4; the ratio of medians would be 3 as well
+    paired = ratio([(2.0, 1.0), (30.0, 10.0), (400.0, 100.0)])
     assert (paired.median, paired.low, paired.high) == (3.0, 2.0, 4.0)
-    assert ratio([1.0, 9.0, 9.0], [1.0, 1.0, 9.0]).median == 1.0  # the ratio of medians would be 9
+    assert ratio([(1.0, 1.0), (9.0, 9.0), (9.0, 1.0)]).median == 1.0  # the ratio of medians would be 9
 
 
 def test_published_parameter_count():

@@ -143,6 +143,25 @@ def test_compiled_step(wanted):
     torch.compiler.reset()
     model = plain_model()
     criterion = attached(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+
+    @torch.compile(backend="aot_eager")
+    def whole(x, y):
+        loss = criterion(model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    torch.manual_seed(1)
+    losses = []
+    for x, y in DATA:
+        losses.append(whole(x, y).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    criterion.detach()
+    torch.compiler.reset()
+    model = plain_model()
+    criterion = attached(model)
     step = torch.compile(lambda x, y: criterion(model(x), y), backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="Compile the model instead of the whole step"):
         step(*DATA[0])
