@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=8, help="depth of the CIFAR ResNet, 6n + 2 (default %(default)s)")
     parser.add_argument("--width", type=int, default=16, help="channels of its first stage (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="default %(default)s")
-    parser.add_argument("--seeds", type=int, default=5, help="runs per method (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=4, help="runs per method (default %(default)s)")
     parser.add_argument("--ema-decay", type=float, default=comparison.Comparison.ema_decay, help="default %(default)s")
     parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: cores)")
