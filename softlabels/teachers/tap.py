@@ -26,7 +26,7 @@ class Captured(NamedTuple):
     autocast: tuple[AutocastState, ...]
     versions: tuple[int, ...]
     passes: int  # training passes since inputs were last handed over
-    logits: Tensor | None = None  # what the model made of them, without its graph; shares their storage
+    logits: Tensor | None  # what the model made of them, without its graph; shares their storage
 
     def changed(self) -> bool:
         """Whether any input has been written to since the pass began."""
@@ -70,7 +70,7 @@ class InputTap(_Hook):
         """Keep the inputs of a training pass."""
         if module.training and torch.is_grad_enabled():
             passes = 1 if self._captured is None else self._captured.passes + 1
-            self._captured = Captured(args, kwargs, _autocast_states(), _versions((args, kwargs)), passes)
+            self._captured = Captured(args, kwargs, _autocast_states(), _versions((args, kwargs)), passes, None)
 
     def note_logits(self, module: nn.Module, output: Any) -> None:
         """Remember where the logits of a kept pass lie."""
@@ -79,7 +79,10 @@ class InputTap(_Hook):
         if module.training and torch.is_grad_enabled():
             logits = self._select(output)
             if logits is not None:
-                self._captured = self._captured._replace(logits=logits.detach())
+                kept = self._captured  # spelled out: torch.compile of torch 2.11 cannot trace _replace
+                self._captured = Captured(
+                    kept.args, kept.kwargs, kept.autocast, kept.versions, kept.passes, logits.detach()
+                )
 
     def take(self) -> Captured | None:
         """Hand the inputs over and forget them."""
