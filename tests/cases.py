@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import reference
@@ -27,7 +27,6 @@ class Case:
     off: dict[str, Any]
     reference: Callable[..., list[float]]
     argument: str | None = None  # the call argument beside input and target
-    module_only: dict[str, Any] = field(default_factory=dict)
     counts: bool = False  # whole-number targets of the shape of the logits are label counts
 
     def extras(self, logits: Tensor) -> dict[str, Tensor]:
@@ -50,7 +49,7 @@ class Case:
         return self.functional(logits, target, **options)
 
     def make(self, *, off: bool = False, **common: Any) -> nn.Module:
-        options = {**(self.off if off else self.on), **self.module_only, **self.random(), **common}
+        options = {**(self.off if off else self.on), **self.random(), **common}
         return self.module(**options)
 
     def call_module(self, logits: Tensor, target: Tensor, *, off: bool = False, **common: Any) -> Tensor:

@@ -199,5 +199,5 @@ def test_constructor_rejects_what_it_can_know(case):
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_positional_weight_as_in_torch(case):
     weight = torch.rand(5)
-    options = {**case.on, **case.module_only, **case.random()}
+    options = {**case.on, **case.random()}
     assert case.module(weight, **options).weight is weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.multiprocessing as mp
-from loops import MeanTeacher, batches
+from loops import MeanTeacher, batches, train
 from torch import nn
 
 import softlabels
@@ -37,16 +37,7 @@ def own_rows(rank, x, y, uneven):
 
 
 def steps(rank, called, criterion, optimizer, after=lambda: None, uneven=False):
-    losses = []
-    for x, y in DATA:
-        x, y = own_rows(rank, x, y, uneven)
-        loss = criterion(called(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        after()
-        losses.append(loss.item())
-    return losses
+    return train(called, criterion, optimizer, [own_rows(rank, x, y, uneven) for x, y in DATA], after)
 
 
 def ddp_run(rank, attach_to, global_ranking):
