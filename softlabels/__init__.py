@@ -1,6 +1,6 @@
 """Drop-in PyTorch losses whose soft labels fit each training instance."""
 
-from softlabels import functional, tuning
+from softlabels import functional, metrics, plotting, tuning
 from softlabels.kernels import backend, get_backend, set_backend
 from softlabels.losses import (
     BetaSmoothingLoss,
@@ -26,6 +26,8 @@ __all__ = [
     "backend",
     "functional",
     "get_backend",
+    "metrics",
+    "plotting",
     "set_backend",
     "tuning",
 ]

@@ -10,18 +10,29 @@ r"""Conversions between the ways of saying how much labels are smoothed.
 
 The paper's own $\epsilon$ gives the true class $1 - \epsilon$ and every other class $\epsilon / (K - 1)$, so its
 ``true_class`` is $1 - \epsilon$.
+
+[`match_temperature`][softlabels.tuning.match_temperature] gives a teacher's soft labels the same average, so that
+self-distillation, label smoothing and Beta smoothing can be compared at equal smoothing (paper sec. 7.1).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
+from torch import Tensor
+
 from softlabels.functional import _checks
+from softlabels.metrics import _rows
+from softlabels.ranking import log_odds
 
 __all__ = [
     "beta_concentration",
     "beta_to_smoothing",
+    "beta_true_class",
+    "confidence_penalty_optimum",
     "label_smoothing_for",
+    "match_temperature",
     "smoothing_to_beta",
     "true_class_for",
 ]
@@ -107,6 +118,31 @@ def beta_concentration(true_class: float, alpha: float) -> float:
     return (true_class - alpha) / (1.0 - true_class)
 
 
+def beta_true_class(concentration: float, alpha: float) -> float:
+    r"""Average soft-label value of the true class in Beta smoothing, $\alpha + (1 - \alpha)\, a / (a + 1)$.
+
+    Inverts [`beta_concentration`][softlabels.tuning.beta_concentration].
+
+    Args:
+        concentration: $a > 0$ of Beta(a, 1); infinity is no smoothing.
+        alpha: Weight of the hard label, in [0, 1].
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from softlabels.tuning import beta_true_class
+        >>> round(beta_true_class(3.0, alpha=0.4), 6)
+        0.85
+
+    Reference:
+        Zhang & Sabuncu (2020), sec. 6 and 7.1.
+    """
+    _checks.check_positive("concentration", concentration, infinite=True)
+    _checks.check_fraction("alpha", alpha)
+    return 1.0 - (1.0 - alpha) / (concentration + 1.0)
+
+
 def smoothing_to_beta(label_smoothing: float) -> float:
     r"""Prior strength that equals torch's label smoothing, $\beta = e / (1 - e)$.
 
@@ -147,3 +183,124 @@ def beta_to_smoothing(beta: float) -> float:
     """
     _checks.check_non_negative("beta", beta)
     return beta / (1.0 + beta)
+
+
+def confidence_penalty_optimum(beta: float, num_classes: int) -> float:
+    r"""Probability of the true class that minimises the confidence-penalty loss of one sample.
+
+    $$\arg\min_{z_y} \; {-\log z_y} - \beta H(z) \;\Rightarrow\;
+    z_y = \frac{1}{\beta\, W\big((K - 1)\, e^{-1/\beta} / \beta\big) + 1}$$
+
+    with Lambert's $W$; the other classes share the rest equally. So the penalty pulls towards the same soft label as
+    label smoothing of ``label_smoothing_for(z_y, num_classes)``. It is evaluated as $W(e^x) = \omega(x)$, Wright's
+    omega function, so that no exponential overflows or underflows.
+
+    Args:
+        beta: Weight $\beta \ge 0$ of the entropy; 0 is plain cross-entropy, whose optimum is 1.
+        num_classes: $K \ge 1$.
+
+    Returns:
+        $z_y$ in [1/K, 1].
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from softlabels.tuning import confidence_penalty_optimum
+        >>> round(confidence_penalty_optimum(0.5, num_classes=10), 4)
+        0.6789
+
+    Reference:
+        Zhang & Sabuncu (2020), App. 9.1; Pereyra et al., *Regularizing Neural Networks by Penalizing Confident Output
+        Distributions*, 2017.
+    """
+    from scipy.special import wrightomega  # scipy takes longer to import than softlabels
+
+    _checks.check_non_negative("beta", beta)
+    _checks.check_classes(num_classes)
+    if beta == 0 or num_classes == 1:
+        return 1.0
+    log_argument = math.log(num_classes - 1) - 1.0 / beta - math.log(beta)
+    return 1.0 / (beta * float(wrightomega(log_argument)) + 1.0)
+
+
+def match_temperature(
+    teacher_logits: Tensor, target: Tensor, *, alpha: float, true_class: float, ignore_index: int = -100
+) -> float:
+    r"""Temperature at which a teacher's soft labels give the true class ``true_class`` on average.
+
+    Solves $\alpha + (1 - \alpha)\, m(T) = t$, where $m(T)$ is the mean over samples of
+    $[\mathrm{softmax}(f / T)]_y$. As $T \to 0$, $m$ tends to the teacher's accuracy; as $T \to \infty$, to $1/K$; in
+    between it may rise before it falls, since softening helps the samples that the teacher gets wrong. Where two
+    temperatures give the same average, the higher one is returned: its soft labels are the softer ones.
+
+    $m$ is evaluated in float64 at temperatures a factor 2 apart, from far above the differences between the logits
+    down, until the wanted average is bracketed; Brent's method does the rest.
+
+    Args:
+        teacher_logits: Logits (N, K) or (N, K, d1, ...) of the teacher on the training set.
+        target: Class indices of row shape.
+        alpha: Weight of the hard label in Eq. 3, in [0, 1).
+        true_class: Wanted average $t$ of the soft label at the true class.
+        ignore_index: Label of the rows that do not count.
+
+    Returns:
+        The temperature $T > 0$. The average it gives is within 1e-6 of ``true_class``.
+
+    Raises:
+        IndexError: a label is neither a class nor ``ignore_index``.
+        ValueError: no temperature gives ``true_class``; the message says which averages can be had.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.tuning import match_temperature
+        >>> logits = torch.tensor([[9.0, 1.0, 0.0], [2.0, 8.0, 1.0]])
+        >>> round(match_temperature(logits, torch.tensor([0, 1]), alpha=0.6, true_class=0.85), 2)
+        6.2
+
+    Reference:
+        Zhang & Sabuncu (2020), sec. 7.1: T is chosen so that self-distillation smooths as much as label smoothing.
+    """
+    from scipy.optimize import brentq, minimize_scalar  # scipy takes longer to import than softlabels
+
+    _checks.check_number("alpha", alpha, low=0.0, high=1.0, high_open=True)
+    _checks.check_fraction("true_class", true_class)
+    target, kept = _rows.labels(teacher_logits, target, ignore_index, name="teacher_logits")
+    logits = teacher_logits.detach()
+    if not kept.any() or logits.isnan().any():
+        raise ValueError(
+            f"teacher_logits must hold a row whose label is not ignored, and no nan; got shape {tuple(logits.shape)}, "
+            f"{int(kept.sum())} rows that count and {int(logits.isnan().sum())} nan"
+        )
+
+    def excess(log2_temperature: float) -> float:
+        """Average soft-label value of the true class, less the wanted one."""
+        scaled = functools.partial(_scaled_log_odds, temperature=2.0**log2_temperature)
+        probability = _rows.by_chunks(scaled, logits, target)[kept].sigmoid()
+        return alpha + (1.0 - alpha) * probability.mean().item() - true_class
+
+    smallest, largest = logits.masked_fill(logits.isinf(), 0.0).aminmax()
+    spread = math.log2(max(largest.item() - smallest.item(), 1e-30))
+    powers = [spread + step for step in range(16, -17, -1)]
+    excesses: list[float] = []
+    for i, power in enumerate(powers):
+        excesses.append(excess(power))
+        if i > 0 and excesses[i - 1] * excesses[i] <= 0.0:
+            return float(2.0 ** brentq(excess, power, powers[i - 1], xtol=1e-12))
+
+    # All averages lie on one side of the wanted one. Between two of these temperatures, one may reach it.
+    side = math.copysign(1.0, excesses[0])
+    nearest = min(range(len(powers)), key=lambda i: side * excesses[i])
+    harder, softer = powers[min(nearest + 1, len(powers) - 1)], powers[max(nearest - 1, 0)]
+    found = minimize_scalar(lambda power: side * excess(power), bounds=(harder, softer), method="bounded")
+    if found.fun <= 0.0:
+        return float(2.0 ** brentq(excess, float(found.x), softer, xtol=1e-12))
+    averages = [true_class + e for e in (*excesses, side * float(found.fun))]
+    raise ValueError(
+        f"true_class={true_class} cannot be reached with alpha={alpha}: over all temperatures, this teacher's soft "
+        f"labels give the true class {min(averages):.6g} to {max(averages):.6g} on average"
+    )
+
+
+def _scaled_log_odds(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    return log_odds(logits.double() / temperature, target, "true_class")

@@ -1,4 +1,4 @@
-"""Every loss again, slow and plain: float64, loops, one equation number per line.
+"""Every loss and metric again, slow and plain: float64, loops, one equation number per line.
 
 Rows only: logits are (N, K) nested sequences of floats, targets are class indices or rows of K label masses. Nothing
 here is shared with the package.
@@ -6,8 +6,12 @@ here is shared with the package.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from decimal import Context, Decimal, localcontext
+
+from scipy.special import digamma
 
 Row = Sequence[float]
 Label = int | Row
@@ -161,3 +165,58 @@ def reduce(
         for label, s, k in zip(labels, sample_weight, kept, strict=True)
     ]
     return sum(rows) / sum(weights) if sum(weights) else 0.0
+
+
+def entropy(probabilities: Row) -> float:
+    """Summand of Eq. 4."""
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def true_class_probability(logits: Row, label: int) -> Decimal:
+    """c of Eq. 5 to 400 digits, so that its distance from 1 is exact too."""
+    with localcontext(Context(prec=400)):
+        others = sum((Decimal(x) - Decimal(logits[label])).exp() for c, x in enumerate(logits) if c != label)
+        return 1 / (1 + others)
+
+
+def differential_entropy(values: Sequence[Decimal], k: int) -> float:
+    """Eq. 5 by the k-th nearest neighbour; a group of m > k equal values fills the cell around it."""
+    n = len(values)
+    distinct = sorted(set(values))
+    total = 0.0
+    with localcontext(Context(prec=400)):
+        for i in range(n):
+            distances = sorted(abs(values[i] - values[j]) for j in range(n) if j != i)
+            width, neighbors = 2 * distances[k - 1], k
+            if width == 0:
+                neighbors = sum(v == values[i] for v in values)
+                smaller = [values[i] - v for v in distinct if v < values[i]]
+                larger = [v - values[i] for v in distinct if v > values[i]]
+                gaps = [min(side) for side in (smaller, larger) if side]
+                width = sum(gaps) / len(gaps) if gaps else Decimal(2) ** -52
+            total += float(width.ln()) - digamma(neighbors)
+    return float(digamma(n)) + total / n
+
+
+def reliability_bins(
+    confidence: Row, correct: Sequence[bool], edges: Sequence[float]
+) -> list[tuple[int, float, float]]:
+    """Count, mean confidence and accuracy of the bins (lo, hi]; the first also holds its lower edge."""
+    bins = []
+    for b, (lo, hi) in enumerate(itertools.pairwise(edges)):
+        inside = [i for i, c in enumerate(confidence) if lo < c <= hi or (b == 0 and c <= lo)]
+        n = len(inside)
+        mean = math.fsum(confidence[i] for i in inside) / n if n else math.nan
+        bins.append((n, mean, sum(correct[i] for i in inside) / n if n else math.nan))
+    return bins
+
+
+def calibration_error(bins: Sequence[tuple[int, float, float]], norm: str) -> float:
+    """Guo et al. (2017), Eq. 3 (l1) and Eq. 5 (max)."""
+    total = sum(n for n, _, _ in bins)
+    gaps = [(n / total, abs(accuracy - confidence)) for n, confidence, accuracy in bins if n]
+    if norm == "l1":
+        return sum(share * gap for share, gap in gaps)
+    if norm == "l2":
+        return math.sqrt(sum(share * gap**2 for share, gap in gaps))
+    return max(gap for _, gap in gaps)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import softlabels
-from softlabels import functional, tuning
+from softlabels import functional, metrics, plotting, tuning
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,10 +21,20 @@ def blocks(text, language):
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = blocks(README, "python")
-    assert len(code) == 6
+    assert len(code) == 7
     namespace = {}
     for block in code:
         exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_code_of_the_metrics_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks((ROOT / "docs/metrics.md").read_text(), "python")
+    assert len(code) == 5
+    namespace = {}
+    for block in code:
+        exec(compile(block, "metrics.md", "exec"), namespace)
+    assert {p.name for p in tmp_path.iterdir()} == {"reliability.png", "soft-labels.png"}
 
 
 def test_ci_runs_the_commands_of_the_readme():
@@ -46,7 +56,9 @@ def test_readme_numbers_are_the_committed_ones():
         assert row in README
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/attach.md", "docs/differences.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/attach.md", "docs/differences.md", "docs/metrics.md"]
+)
 def test_relative_links_resolve(name):
     path = ROOT / name
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
@@ -55,8 +67,10 @@ def test_relative_links_resolve(name):
 
 def test_api_page_is_complete():
     page = (ROOT / "docs/api.md").read_text()
-    names = [f"softlabels.{n}" for n in softlabels.__all__ if n not in ("__version__", "functional", "tuning")]
-    names += [f"softlabels.functional.{n}" for n in functional.__all__]
+    modules = ("functional", "metrics", "plotting", "tuning")
+    names = [f"softlabels.{n}" for n in softlabels.__all__ if n != "__version__" and n not in modules]
+    for module in (functional, metrics, plotting):
+        names += [f"{module.__name__}.{n}" for n in module.__all__]
     for name in names:
         assert f"::: {name}\n" in page, name
     for name in tuning.__all__:

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 import softlabels
-from softlabels import functional, tuning
+from softlabels import functional, metrics, plotting, tuning
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("torchmetrics", "matplotlib", "sklearn", "tqdm", "mkdocs", "hypothesis")
+EXTRAS = ("torchmetrics", "scipy.optimize", "scipy.special", "matplotlib", "sklearn", "tqdm", "mkdocs", "hypothesis")
 PUBLIC = [
     (module, name)
-    for module in (softlabels, functional, tuning)
+    for module in (softlabels, functional, metrics, plotting, tuning)
     for name in module.__all__
     if not name.startswith("_") and not inspect.ismodule(getattr(module, name))
 ]
@@ -40,7 +40,7 @@ def test_import_needs_no_extra():
 
 
 def test_all_is_complete_and_sorted():
-    for module in (softlabels, functional, tuning):
+    for module in (softlabels, functional, metrics, plotting, tuning):
         assert sorted(module.__all__) == sorted(set(module.__all__))
         for name in module.__all__:
             assert getattr(module, name) is not None
@@ -75,7 +75,7 @@ def test_signatures_are_the_documented_ones():
 
 
 def test_layers_import_downwards_only():
-    order = ["kernels", "functional", "tuning", "ranking", "teachers", "losses"]
+    order = ["kernels", "functional", "ranking", "metrics", "tuning", "teachers", "losses"]
     for i, layer in enumerate(order):
         for path in (ROOT / "softlabels").rglob("*.py"):
             if layer not in (path.stem, path.parent.name):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from decimal import Context, Decimal, localcontext
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
-from softlabels import tuning
+from softlabels import functional, tuning
 
 
 @given(e=st.floats(0, 0.999), k=st.integers(2, 10**6))
@@ -48,3 +52,143 @@ def test_paper_numbers():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@given(true_class=st.floats(0.41, 0.999), alpha=st.floats(0, 0.4))
+def test_beta_true_class_inverts_beta_concentration(true_class, alpha):
+    assert tuning.beta_true_class(tuning.beta_concentration(true_class, alpha), alpha) == pytest.approx(true_class)
+    assert tuning.beta_true_class(math.inf, alpha) == 1.0
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.02, 0.1, 0.5, 1.0, 3.0, 100.0, 1e3])
+@pytest.mark.parametrize("k", [2, 3, 10, 1000, 10**6])
+def test_confidence_penalty_optimum_is_one(beta, k):
+    """App. 9.1: at the optimum the gradient of -log z + beta sum z log z vanishes on the simplex.
+
+    With z = (z, (1 - z) / (k - 1), ...): -1 / z + beta (log z - log((1 - z) / (k - 1))) = 0, in Decimal's 50 digits,
+    changes sign within float64's rounding of the answer.
+    """
+    z = tuning.confidence_penalty_optimum(beta, k)
+    assert 1 / k <= z <= 1
+    with localcontext(Context(prec=2000 if beta < 0.01 else 50)):
+        b = Decimal(beta)
+
+        def slope(z):
+            return -1 / z + b * (z.ln() - ((1 - z) / (k - 1)).ln())
+
+        below = Decimal(z) * (1 - Decimal("1e-12"))
+        above = Decimal(z) + min(Decimal(z) * Decimal("1e-12"), (1 - Decimal(z)) * Decimal("0.5"))
+        above = above if above < 1 else 1 - (-2 / b).exp() / k
+        assert slope(below) < 0 < slope(above)
+
+
+def test_confidence_penalty_optimum_minimises_the_loss():
+    """The loss itself, as the package computes it, has no better point nearby."""
+    for beta, k in [(0.1, 10), (0.5, 4), (2.0, 3)]:
+        z = tuning.confidence_penalty_optimum(beta, k)
+
+        def loss(z, beta=beta, k=k):
+            p = torch.tensor([z] + [(1 - z) / (k - 1)] * (k - 1), dtype=torch.float64)
+            return functional.confidence_penalty_loss(p.log(), torch.tensor(0), beta=beta).item()
+
+        assert all(loss(z) < loss(z + share * (1 - z)) for share in (-0.5, -0.01, 0.01, 0.5))
+
+
+def test_confidence_penalty_optimum_at_the_ends():
+    assert tuning.confidence_penalty_optimum(0.0, 5) == 1.0
+    assert tuning.confidence_penalty_optimum(0.7, 1) == 1.0
+    assert tuning.confidence_penalty_optimum(1e300, 4) == pytest.approx(0.25)
+    assert tuning.confidence_penalty_optimum(1e-300, 4) == 1.0
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Teachers' logits on their training digits, from one that is right about most to one that knows all by heart."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(images / 16.0), torch.from_numpy(labels)
+    logits = {}
+    for regularisation in (1e-3, 1e-1, 10.0, 1e6):
+        model = LogisticRegression(C=regularisation, max_iter=300).fit(x, y)
+        logits[regularisation] = torch.from_numpy(model.decision_function(x))
+    return logits, y
+
+
+def average(logits, y, alpha, temperature):
+    soft = functional.distillation_targets(y, logits, alpha=alpha, temperature=temperature)
+    return soft[torch.arange(len(y)), y].mean().item()
+
+
+@pytest.mark.parametrize("wanted", [0.7, 0.85, 0.93])
+def test_match_temperature_on_digits(digits, wanted):
+    logits, y = digits
+    for teacher in logits.values():
+        temperature = tuning.match_temperature(teacher, y, alpha=0.6, true_class=wanted)
+        assert average(teacher, y, 0.6, temperature) == pytest.approx(wanted, abs=1e-6)
+        assert average(teacher, y, 0.6, 1.05 * temperature) < wanted  # the softest that does
+    low_precision = tuning.match_temperature(logits[10.0].float(), y, alpha=0.6, true_class=wanted)
+    assert low_precision == pytest.approx(
+        tuning.match_temperature(logits[10.0], y, alpha=0.6, true_class=wanted), rel=1e-5
+    )
+
+
+def test_match_temperature_of_dense_logits_and_ignored_rows():
+    logits, y = 5 * torch.randn(4, 3, 50), torch.randint(3, (4, 50))
+    logits.scatter_add_(1, y.unsqueeze(1), torch.full((4, 1, 50), 6.0))
+    rows, labels = logits.movedim(1, 2).reshape(-1, 3), y.flatten().clone()
+    dense = tuning.match_temperature(logits, y, alpha=0.1, true_class=0.6)
+    assert dense == pytest.approx(tuning.match_temperature(rows, labels, alpha=0.1, true_class=0.6))
+    labels[:100] = -100
+    half = tuning.match_temperature(rows, labels, alpha=0.1, true_class=0.6)
+    assert half == pytest.approx(tuning.match_temperature(rows[100:], labels[100:], alpha=0.1, true_class=0.6))
+
+
+def peaked():
+    """One sample sure and right, one unsure and wrong: softening helps the second before it hurts the first."""
+    return torch.tensor([[4.0, 0.0], [0.0, 0.4]], dtype=torch.float64), torch.tensor([0, 0])
+
+
+def test_match_temperature_takes_the_softer_of_two():
+    logits, y = peaked()
+    hard, soft = average(logits, y, 0.0, 0.05), average(logits, y, 0.0, 1.0)
+    assert hard < 0.6 < soft
+    temperature = tuning.match_temperature(logits, y, alpha=0.0, true_class=0.6)
+    assert temperature > 1.0
+    assert average(logits, y, 0.0, temperature) == pytest.approx(0.6, abs=1e-9)
+
+
+def test_match_temperature_finds_a_peak_between_its_grid_and_names_the_range():
+    logits, y = peaked()
+    peak = max(average(logits, y, 0.0, t / 1000) for t in range(100, 3000))
+    close = peak - 1e-6
+    temperature = tuning.match_temperature(logits, y, alpha=0.0, true_class=close)
+    assert average(logits, y, 0.0, temperature) == pytest.approx(close, abs=1e-9)
+    with pytest.raises(ValueError, match=rf"true_class=0.9 cannot be reached with alpha=0.0: .* to {peak:.5f}"):
+        tuning.match_temperature(logits, y, alpha=0.0, true_class=0.9)
+    with pytest.raises(ValueError, match=r"true_class=0.45 cannot be reached with alpha=0.2"):
+        tuning.match_temperature(logits, y, alpha=0.2, true_class=0.45)
+
+
+def test_match_temperature_with_a_class_that_is_ruled_out():
+    logits, y = 3 * torch.randn(50, 4), torch.zeros(50, dtype=torch.long)
+    logits[:, 0] += 12
+    logits[:, 3] = -torch.inf
+    temperature = tuning.match_temperature(logits, y, alpha=0.0, true_class=0.8)
+    assert average(logits, y, 0.0, temperature) == pytest.approx(0.8, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, y: tuning.match_temperature(x, y, alpha=1.0, true_class=0.9), r"alpha must be in \[0, 1\), got 1.0"),
+        (lambda x, y: tuning.match_temperature(x, y, alpha=0.5, true_class=2.0), r"true_class must be in \[0, 1\]"),
+        (lambda x, y: tuning.match_temperature(x * torch.nan, y, alpha=0.5, true_class=0.9), "and no nan; got"),
+        (lambda x, y: tuning.match_temperature(x, y - 100, alpha=0.5, true_class=0.9), "0 rows that count"),
+        (lambda x, y: tuning.match_temperature(x * 0, y, alpha=0.5, true_class=0.9), "0.666667 to 0.666667"),
+        (lambda x, y: tuning.beta_true_class(0.0, 0.5), "concentration must be in"),
+        (lambda x, y: tuning.confidence_penalty_optimum(-0.1, 10), r"beta must be in \[0, inf\), got -0.1"),
+        (lambda x, y: tuning.confidence_penalty_optimum(0.1, 0), "num_classes must be an int of at least 1, got 0"),
+    ],
+)
+def test_bad_matching(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(5, 3), torch.zeros(5, dtype=torch.long))

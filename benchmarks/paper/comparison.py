@@ -15,7 +15,8 @@ from tqdm import tqdm
 from benchmarks.paper.data import DATASETS
 from benchmarks.paper.methods import METHODS, TEACHER
 from benchmarks.paper.models import CIFARResNet
-from benchmarks.paper.recipe import Recipe, evaluate, train
+from benchmarks.paper.recipe import Recipe, evaluate, predict, train
+from softlabels.metrics import reliability_curve
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class Comparison:
 
 
 def run_seed(config: Comparison, seed: int, on_epoch: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """Train every method from the same initial weights on the same batches; one record each."""
+    """Train every method from the same initial weights on the same batches; one record each.
+
+    A record's ``curve`` is the reliability curve of its test set.
+    """
     data = DATASETS[config.dataset](config.device)
     teacher = None
     records = []
@@ -44,7 +48,17 @@ def run_seed(config: Comparison, seed: int, on_epoch: Callable[[], None] = lambd
         seconds = time.perf_counter() - start
         if name == TEACHER:
             teacher = model
-        records.append({"method": name, "seed": seed, **evaluate(model, data.test), "seconds": round(seconds, 2)})
+        logits = predict(model, data.test)
+        curve = reliability_curve(logits, data.test.labels)
+        records.append(
+            {
+                "method": name,
+                "seed": seed,
+                **evaluate(logits, data.test.labels),
+                "seconds": round(seconds, 2),
+                "curve": {name: values.tolist() for name, values in vars(curve).items()},
+            }
+        )
     return records
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper.data import Data, Split, random_shift
+from softlabels import metrics
 
 
 @dataclass(frozen=True)
@@ -56,32 +57,32 @@ def train(
             loss.backward()
             optimizer.step()
         scheduler.step()
-        accuracy = evaluate(model, data.validation)["accuracy"]
-        if accuracy >= best_accuracy:
-            best, best_accuracy = copy.deepcopy(model.state_dict()), accuracy
+        validation_accuracy = accuracy(predict(model, data.validation), data.validation.labels)
+        if validation_accuracy >= best_accuracy:
+            best, best_accuracy = copy.deepcopy(model.state_dict()), validation_accuracy
         on_epoch()
     model.load_state_dict(best)
     return model
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
-    """Accuracy in %, expected calibration error in % and negative log-likelihood in nats."""
+def predict(model: nn.Module, split: Split) -> Tensor:
+    """Logits of a split, in evaluation mode."""
     model.eval()
-    logits = torch.cat([model(images) for images in split.images.split(512)])
-    log_p = logits.double().log_softmax(1)
-    confidence, predicted = log_p.exp().max(1)
-    correct = (predicted == split.labels).double()
+    return torch.cat([model(images) for images in split.images.split(512)])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of right predictions in %."""
+    return 100.0 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Every metric of the tables, by the name of its column in the records."""
     return {
-        "accuracy": 100.0 * correct.mean().item(),
-        "ece": 100.0 * expected_calibration_error(confidence, correct),
-        "nll": -log_p.gather(1, split.labels.unsqueeze(1)).mean().item(),
+        "accuracy": accuracy(logits, labels),
+        "ece": 100.0 * metrics.calibration_error(logits, labels).item(),
+        "nll": nn.functional.cross_entropy(logits.double(), labels).item(),
+        "uncertainty": metrics.average_predictive_uncertainty(logits).item(),
+        "diversity": metrics.confidence_diversity(logits, labels).item(),
     }
-
-
-def expected_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = 15) -> float:
-    """Guo et al. (2017): mean over bins (lo, hi] of |accuracy - confidence|, weighted by the bins' counts."""
-    bins = (confidence * num_bins).ceil().long().clamp(1, num_bins) - 1
-    gap = torch.zeros(num_bins, dtype=torch.float64, device=confidence.device)
-    gap.index_add_(0, bins, correct.double() - confidence.double())
-    return (gap.abs().sum() / max(len(confidence), 1)).item()

@@ -1,4 +1,4 @@
-"""Records of runs as a table and a bar chart."""
+"""Records of runs as a table, a bar chart and reliability diagrams."""
 
 from __future__ import annotations
 
@@ -13,8 +13,17 @@ import torch
 from scipy import stats
 
 import softlabels
+from softlabels.metrics import ReliabilityCurve
+from softlabels.plotting import reliability_diagram
 
-METRICS = {"accuracy": "accuracy (%)", "ece": "ECE (%)", "nll": "NLL (nats)"}
+METRICS = {
+    "accuracy": "accuracy (%)",
+    "ece": "ECE (%)",
+    "nll": "NLL (nats)",
+    "uncertainty": "uncertainty (nats)",
+    "diversity": "diversity (nats)",
+}
+DIGITS = {"accuracy": 2, "ece": 2, "nll": 3, "uncertainty": 3, "diversity": 2}
 
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -42,7 +51,7 @@ def table(records: list[dict[str, Any]]) -> str:
     for method, metrics in summarise(records).items():
         cells = []
         for metric in METRICS:
-            digits = 3 if metric == "nll" else 2
+            digits = DIGITS[metric]
             mean, half = metrics[metric]
             cells.append(f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}"))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -54,7 +63,7 @@ def bar_chart(records: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     summary = summarise(records)
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
     figure.suptitle(title)
     for axes, (metric, label) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
         means, halves = zip(*(summary[method][metric] for method in summary), strict=True)
@@ -69,6 +78,39 @@ def bar_chart(records: list[dict[str, Any]], path: Path, title: str) -> None:
         if metric == "accuracy":  # bars from 0 would hide every difference; the axis says where it starts
             axes.set_xlim(low - 0.3 * (high - low) - 0.1, min(high + 0.1 * (high - low) + 0.1, 100.0))
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def pooled_curves(records: list[dict[str, Any]]) -> dict[str, ReliabilityCurve]:
+    """One reliability curve per method, of the test predictions of all its seeds."""
+    curves: dict[str, ReliabilityCurve] = {}
+    for method in dict.fromkeys(record["method"] for record in records):
+        of_seeds = [record["curve"] for record in records if record["method"] == method]
+        count, confidence, accuracy = (
+            torch.tensor([curve[name] for curve in of_seeds], dtype=torch.float64)
+            for name in ("count", "confidence", "accuracy")
+        )
+        total = count.sum(0)
+        means = [(values.nan_to_num() * count).sum(0) / total for values in (confidence, accuracy)]
+        edges = torch.tensor(of_seeds[0]["edges"], dtype=torch.float64)
+        curves[method] = ReliabilityCurve(*means, total.long(), edges)
+    return curves
+
+
+def reliability_diagrams(curves: dict[str, ReliabilityCurve], path: Path, title: str) -> None:
+    """Save one diagram per method, side by side."""
+    from matplotlib.figure import Figure
+
+    columns = min(len(curves), 4)
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(3.4 * columns, 3.7 * rows), layout="constrained")
+    figure.suptitle(f"{title}: predictions of all seeds together")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (method, curve) in zip(panels, curves.items(), strict=False):
+        reliability_diagram(curve, ax=axes, title=method)
+        axes.title.set_fontsize("medium")
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
     figure.savefig(path, dpi=150)
 
 
@@ -94,11 +136,12 @@ def cpu_name() -> str:
 
 
 def save(out: Path, title: str, config: dict[str, Any], records: list[dict[str, Any]], command: str) -> str:
-    """Write records.json, table.md and figure.png to ``out``; return the table."""
+    """Write records.json, table.md, figure.png and reliability.png to ``out``; return the table."""
     out.mkdir(parents=True, exist_ok=True)
     made = provenance(command)
     text = table(records)
-    (out / "records.json").write_text(json.dumps({**made, "config": config, "records": records}, indent=1) + "\n")
+    plain = [{name: value for name, value in record.items() if name != "curve"} for record in records]
+    (out / "records.json").write_text(json.dumps({**made, "config": config, "records": plain}, indent=1) + "\n")
     seeds = len({record["seed"] for record in records})
     note = (
         f"Mean over {seeds} seeds ± half-width of the 95% interval. Made by `{command}` with softlabels "
@@ -106,4 +149,5 @@ def save(out: Path, title: str, config: dict[str, Any], records: list[dict[str, 
     )
     (out / "table.md").write_text(f"# {title}\n\n{text}\n\n{note}\n")
     bar_chart(records, out / "figure.png", title)
+    reliability_diagrams(pooled_curves(records), out / "reliability.png", title)
     return text

@@ -1,8 +1,10 @@
-"""Command line: ``python -m benchmarks.speed train-step``."""
+"""Command line: ``python -m benchmarks.speed train-step`` or ``metrics``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import json
 import statistics
 from pathlib import Path
@@ -10,44 +12,68 @@ from pathlib import Path
 import torch
 
 from benchmarks.paper.report import provenance
-from benchmarks.speed import train_step
+from benchmarks.speed.timing import Measurement
+
+BENCHMARKS = {
+    "train-step": ("benchmarks.speed.train_step", "cost of a loss in a whole training step"),
+    "metrics": ("benchmarks.speed.metrics", "metrics of a million predictions, beside their peers"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print and save the results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="What the losses cost.")
-    parser.add_argument("benchmark", choices=["train-step"], help="train-step: cost of a loss in a whole training step")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default %(default)s")
-    parser.add_argument("--batch-size", type=int, default=128, help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=16, help="repetitions (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=None, help="folder for a table and JSON (default: print alone)")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description="What softlabels costs.")
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, (module, summary) in BENCHMARKS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        importlib.import_module(module).arguments(command)
+        command.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where to measure")
+        command.add_argument("--threads", type=int, default=2, help="CPU threads")
+        command.add_argument(
+            "--malloc",
+            choices=["keep", "system"],
+            default="keep",
+            help="CPU memory: keep what is freed, as jemalloc and tcmalloc do, or the system's way",
+        )
+        command.add_argument("--out", type=Path, help="folder for a table and JSON; otherwise they are printed alone")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    results = train_step.measure(options.device, options.batch_size, options.rounds)
-    command = (
-        f"python -m benchmarks.speed train-step --device {options.device} --batch-size {options.batch_size} "
-        f"--rounds {options.rounds} --threads {options.threads}"
+    benchmark = importlib.import_module(BENCHMARKS[options.benchmark][0])
+    results = benchmark.measure(options)
+    settings = {name: value for name, value in vars(options).items() if name not in ("benchmark", "out")}
+    command_line = " ".join(
+        [f"python -m benchmarks.speed {options.benchmark}"]
+        + [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
     )
-    made = provenance(command)
-    lines = ["| step, or part of one | median (ms) | ratio to nn.CrossEntropyLoss (quartiles) |", "|---|---:|---:|"]
-    lines += [
-        f"| {name} | {1e3 * statistics.median(result['seconds']):.2f} | {result['ratio'] or 1} |"
-        for name, result in results.items()
-    ]
+    made = provenance(command_line)
+    text = "\n\n".join(table(heading, rows) for heading, rows in results.items())
     note = (
-        f"ResNet-18 for 32 x 32 images, batch {options.batch_size}, each step timed {options.rounds} times between two "
-        f"of the base. Made by `{command}` with softlabels {made['softlabels']}, torch {made['torch']} on "
-        f"{made['hardware']}."
+        f"{benchmark.describe(options)} Made by `{command_line}` with softlabels {made['softlabels']}, torch "
+        f"{made['torch']} on {made['hardware']}."
     )
-    text = "\n".join(lines)
     print(f"\n{text}\n\n{note}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        seconds = {name: result["seconds"] for name, result in results.items()}
-        (options.out / "records.json").write_text(json.dumps({**made, "seconds": seconds}, indent=1) + "\n")
-        (options.out / "table.md").write_text(f"# Cost of a loss in a training step\n\n{text}\n\n{note}\n")
+        records = {name: dataclasses.asdict(row) for rows in results.values() for name, row in rows.items()}
+        (options.out / "records.json").write_text(json.dumps({**made, "results": records}, indent=1) + "\n")
+        (options.out / "table.md").write_text(f"# {benchmark.TITLE}\n\n{text}\n\n{note}\n")
+
+
+def table(heading: str, rows: dict[str, Measurement]) -> str:
+    """Markdown table of times, ratios to the first row and, where measured, memory."""
+    base = next(iter(rows))
+    memory = any(row.peak is not None for row in rows.values())
+    lines = [
+        f"| {heading} | median (ms) | ratio to {base} (quartiles) |" + (" memory (MiB) |" if memory else ""),
+        "|---|---:|---:|" + ("---:|" if memory else ""),
+    ]
+    for name, row in rows.items():
+        cells = [name, f"{1e3 * statistics.median(row.seconds):.2f}", str(row.ratio or 1)]
+        if memory:
+            cells.append("unmeasured" if row.peak is None else f"{row.peak:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

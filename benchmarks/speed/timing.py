@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -34,8 +37,7 @@ def interleave(
 
     Returns:
         The seconds of the base, and for each rival pairs of its own seconds and the mean of the two base runs around
-        it: a
-        machine whose speed drifts is compared with itself at the same moment.
+        it: a machine whose speed drifts is compared with itself at the same moment.
     """
     order = random.Random(0)
     base_seconds: list[float] = []
@@ -50,6 +52,33 @@ def interleave(
                 base_seconds.append(after)
             before = after
     return base_seconds, pairs
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contender: all its times in seconds, their ratio to the base's, and the most memory it adds in MiB."""
+
+    seconds: list[float]
+    ratio: Ratio | None = None
+    peak: float | None = None
+
+
+def compare(
+    base: tuple[str, Callable[[], object]],
+    rivals: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 3,
+    peaks: dict[str, float | None] | None = None,
+) -> dict[str, Measurement]:
+    """Time rivals against the base; the base comes first."""
+    name, run = base
+    peaks = peaks or {}
+    base_seconds, pairs = interleave(run, rivals, rounds, device, warmup)
+    return {
+        name: Measurement(base_seconds, None, peaks.get(name)),
+        **{rival: Measurement([own for own, _ in p], ratio(p), peaks.get(rival)) for rival, p in pairs.items()},
+    }
 
 
 def ratio(pairs: list[tuple[float, float]]) -> Ratio:
@@ -73,3 +102,40 @@ def synchronize(device: torch.device) -> None:
     """Wait for an accelerator."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+def keep_freed_memory() -> bool:
+    """Make this process keep the memory that it frees, as jemalloc and tcmalloc do; whether malloc here can be told.
+
+    The C library of Linux maps every block of more than 32 MB anew and gives it back when it is freed, so that the
+    kernel clears each activation of a large batch again: a cost of the allocator, and no part of the work measured.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    m_trim_threshold, m_mmap_max = -1, -4  # of <malloc.h>
+    return mallopt is not None and bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
+    """MiB that a second run adds to what is held before it, at most; None where this system cannot say.
+
+    On a CPU this is the resident memory of the process, so it must be asked before `keep_freed_memory`.
+    """
+    run()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+        before = _resident("VmRSS")
+        run()
+        return max(_resident("VmHWM") - before, 0.0) / 2**10
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(field: str) -> float:
+    (kib,) = re.findall(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return float(kib)

@@ -1,12 +1,12 @@
 """What a loss costs in a whole training step: ResNet-18 for 32 x 32 images, against nn.CrossEntropyLoss.
 
 Each loss trains a model of its own, all start equal, and each step is timed between two steps of cross-entropy. Beside
-the step as a whole, the
-parts that a loss adds are timed alone, so that the table says where the time goes.
+the step as a whole, the parts that a loss adds are timed alone, so that the table says where the time goes.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 from collections.abc import Callable
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import softlabels
-from benchmarks.speed.timing import interleave, ratio
+from benchmarks.speed.timing import Measurement, compare, keep_freed_memory
 from softlabels.ranking import log_odds
 
+TITLE = "Cost of a loss in a training step"
 LOSSES: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "nn.CrossEntropyLoss": lambda model, samples: nn.CrossEntropyLoss(),
     "BetaSmoothingLoss, ema": lambda model, samples: softlabels.BetaSmoothingLoss().attach(model),
@@ -63,8 +64,25 @@ def resnet18(num_classes: int = 100) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
 
 
-def measure(device: torch.device, batch_size: int, rounds: int) -> dict[str, Any]:
-    """Time whole steps of every loss, and the parts of the EMA's cost; seconds and ratios to cross-entropy."""
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument("--batch-size", type=int, default=128, help="images per step")
+    parser.add_argument("--rounds", type=int, default=16, help="repetitions")
+
+
+def describe(options: argparse.Namespace) -> str:
+    """What was measured."""
+    return (
+        f"ResNet-18 for 32 x 32 images, batch {options.batch_size}, each step timed {options.rounds} times between two "
+        "of the base."
+    )
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
+    """Time whole steps of every loss, and the parts of the EMA's cost."""
+    device, batch_size, rounds = options.device, options.batch_size, options.rounds
+    if options.malloc == "keep":
+        keep_freed_memory()
     torch.manual_seed(0)
     samples = 50 * batch_size
     initial = resnet18().to(device)
@@ -108,11 +126,7 @@ def measure(device: torch.device, batch_size: int, rounds: int) -> dict[str, Any
         "part: EMA update": teacher.update,
         "part: scores of the batch": lambda: log_odds(logits, labels, "max"),
     }
-    base = steps.pop(BASE)
-    base_seconds, pairs = interleave(base, steps, rounds, device, warmup=1)
-    _, part_pairs = interleave(base, parts, max(rounds // 4, 1), device, warmup=0)
-    rivals = {**pairs, **part_pairs}
-    return {
-        BASE: {"seconds": base_seconds, "ratio": None},
-        **{name: {"seconds": [own for own, _ in p], "ratio": ratio(p)} for name, p in rivals.items()},
-    }
+    base = (BASE, steps.pop(BASE))
+    whole = compare(base, steps, rounds, device, warmup=1)
+    alone = compare(base, parts, max(rounds // 4, 1), device, warmup=0)
+    return {"step, or part of one": {**whole, **{name: alone[name] for name in parts}}}

@@ -15,7 +15,8 @@ from benchmarks.paper.comparison import Comparison, run_seed
 from benchmarks.paper.data import digits, random_shift
 from benchmarks.paper.methods import METHODS
 from benchmarks.paper.models import CIFARResNet
-from benchmarks.paper.recipe import Recipe, expected_calibration_error
+from benchmarks.paper.recipe import Recipe, evaluate
+from softlabels.metrics import reliability_curve
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (56, 0.85)])
@@ -47,12 +48,22 @@ def test_random_shift_moves_whole_images():
     assert torch.equal(random_shift(images, 0, torch.Generator()), images)
 
 
-def test_calibration_error_by_hand():
-    """Bins (0, 1/2], (1/2, 1]: a confidence on an edge belongs below, 1.0 to the last bin."""
-    confidence = torch.tensor([0.5, 0.4, 0.9, 1.0])
-    correct = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    wanted = (abs(1 - 0.9) + abs(1 - 1.9)) / 4
-    assert expected_calibration_error(confidence, correct, 2) == pytest.approx(wanted)
+def test_evaluation_is_in_the_units_of_the_table():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 4.0], [3.0, 0.0], [1.0, 0.0]]), torch.zeros(5).long()
+    values = evaluate(logits, labels)
+    assert set(values) == set(report.METRICS) == set(report.DIGITS)
+    assert values["accuracy"] == pytest.approx(60.0)
+    assert values["ece"] == pytest.approx(100 * reliability_curve(logits, labels).error().item())
+    assert values["nll"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
+
+
+def test_pooled_curves_are_those_of_all_predictions():
+    seeds = [(torch.randn(60, 4), torch.randint(4, (60,))) for _ in range(3)]
+    curves = [vars(reliability_curve(*seed)) for seed in seeds]
+    records = [{"method": "a", "curve": {name: values.tolist() for name, values in c.items()}} for c in curves]
+    (pooled,) = report.pooled_curves(records).values()
+    logits, labels = (torch.cat(parts) for parts in zip(*seeds, strict=True))
+    torch.testing.assert_close(vars(pooled), vars(reliability_curve(logits, labels)), equal_nan=True)
 
 
 def test_interval_is_student_t():
@@ -65,7 +76,7 @@ def test_interval_is_student_t():
 def test_runs_repeat_and_are_paired():
     config = Comparison(width=4, recipe=Recipe(epochs=1))
     first, second = (run_seed(config, 3) for _ in range(2))
-    strip = lambda records: [{k: v for k, v in r.items() if k != "seconds"} for r in records]  # noqa: E731
+    strip = lambda records: [{k: v for k, v in r.items() if k not in ("seconds", "curve")} for r in records]  # noqa: E731
     assert strip(first) == strip(second)
     assert [r["method"] for r in first] == list(METHODS)
     torch.manual_seed(3)
@@ -85,7 +96,8 @@ def test_command_line(tmp_path, capsys):
         assert f"| {method} |" in printed
     saved = json.loads((tmp_path / "records.json").read_text())
     assert len(saved["records"]) == 2 * len(METHODS)
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("figure.png", "reliability.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert saved["command"] in (tmp_path / "table.md").read_text()
     with pytest.raises(SystemExit):
         command.main(["comparison", "--seeds", "0"])

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from benchmarks.speed import __main__ as command
+from benchmarks.speed import metrics
 from benchmarks.speed.timing import interleave, ratio
 from benchmarks.speed.train_step import LOSSES, resnet18
+from softlabels.metrics import confidence_diversity
 
 
 def test_every_rival_runs_between_two_of_the_base():
@@ -39,8 +41,23 @@ def test_published_parameter_count():
 
 
 def test_command_line(tmp_path, capsys):
-    command.main(["train-step", "--rounds", "1", "--batch-size", "2", "--threads", "1", "--out", str(tmp_path)])
+    common = ["--rounds", "1", "--threads", "1", "--malloc", "system", "--out", str(tmp_path)]
+    command.main(["train-step", "--batch-size", "2", *common])
     printed = capsys.readouterr().out
     for name in LOSSES:
         assert f"| {name} |" in printed
-    assert set(LOSSES) < set(json.loads((tmp_path / "records.json").read_text())["seconds"])
+    assert set(LOSSES) < set(json.loads((tmp_path / "records.json").read_text())["results"])
+
+    command.main(["metrics", "--samples", "500", *common])
+    printed = capsys.readouterr().out
+    assert "ratio to scipy.spatial.cKDTree" in printed
+    assert "ratio to torchmetrics multiclass_calibration_error (quartiles) | memory (MiB)" in printed
+    records = json.loads((tmp_path / "records.json").read_text())
+    assert records["command"].startswith("python -m benchmarks.speed metrics --samples 500 --rounds 1 --device cpu")
+    assert len(records["results"]["softlabels.metrics.calibration_error"]["seconds"]) == 1
+
+
+def test_the_k_d_tree_estimates_the_same():
+    logits, target = torch.randn(300, 10), torch.randint(10, (300,))
+    expected = confidence_diversity(logits, target, n_neighbors=metrics.NEIGHBORS).item()
+    assert metrics.k_d_tree(logits, target, threads=1) == pytest.approx(expected)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from loops import MeanTeacher, batches, train
+from processes import spawn
 from torch import nn
 
 import softlabels
@@ -16,19 +16,6 @@ DATA = batches(6, rows=8)
 def model_without_batch_norm():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def spawn(worker, path, *args):
-    results = mp.get_context("spawn").Manager().dict()
-    mp.spawn(start, args=(worker, str(path / "rendezvous"), results, *args), nprocs=2)
-    return results
-
-
-def start(rank, worker, path, results, *args):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    results[rank] = worker(rank, *args)
-    torch.distributed.destroy_process_group()
 
 
 def own_rows(rank, x, y, uneven):

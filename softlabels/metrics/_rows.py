@@ -1,0 +1,114 @@
+"""Rows of predictions for the metrics: arguments checked, and worked on a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from softlabels.functional import _checks
+
+CHUNK = {"cpu": 2**18, "other": 2**24}  # elements worked on at once: a cache's worth; 128 MiB of float64
+
+
+def labels(input: Tensor, target: Tensor, ignore_index: int, name: str = "input") -> tuple[Tensor, Tensor]:
+    """Check predictions against class indices; the indices, 0 where ignored, and which rows are kept."""
+    check_predictions(input, name)
+    _checks.check_ignore_index(ignore_index)
+    _checks.check_tensor("target", target)
+    if target.is_floating_point():
+        raise TypeError(
+            f"target must hold class indices of shape {tuple(row_shape(input))}, got {target.dtype} of shape "
+            f"{tuple(target.shape)}; for class probabilities pass target.argmax(1)"
+        )
+    if target.shape == input.shape and input.dim() > 1:
+        raise RuntimeError(
+            f"target must hold class indices of shape {tuple(row_shape(input))} for input of shape "
+            f"{tuple(input.shape)}, got shape {tuple(target.shape)}"
+        )
+    _checks.check_target(input, target, ignore_index)
+    target = target.reshape(row_shape(input)).long()
+    kept = target != ignore_index
+    target = target.masked_fill(~kept, 0)
+    num_classes = input.shape[class_dim(input)]
+    if target.device.type != "cpu":  # out of range fails in a device-side assertion, as in torch
+        target.new_empty(num_classes).index_select(0, target.flatten())
+    bad = (target < 0) | (target >= num_classes)
+    if _checks.peek(bad.any()):
+        raise IndexError(
+            f"target must hold class indices in [0, {num_classes}) or ignore_index={ignore_index}, "
+            f"got {target[bad][0].item()}"
+        )
+    return target, kept
+
+
+def check_predictions(input: Tensor, name: str = "input") -> None:
+    """Predictions are a floating tensor with at least one class, where float64 exists."""
+    _checks.check_input(input, name)
+    if input.shape[class_dim(input)] == 0:
+        raise ValueError(f"{name} must have at least one class, got shape {tuple(input.shape)}")
+    if input.device.type == "mps":
+        raise NotImplementedError(f"metrics are computed in float64, which mps devices lack; pass {name}.cpu()")
+
+
+def check_probabilities(input: Tensor) -> None:
+    """With ``from_logits=False``, rows are probabilities, where looking costs nothing."""
+    if input.numel() == 0:
+        return
+    total = input.sum(class_dim(input), dtype=torch.float64)
+    tolerance = max(1e-3, 4 * torch.finfo(input.dtype).eps * input.shape[class_dim(input)] ** 0.5)
+    if _checks.peek((input.amin() < 0) | ~((total - 1).abs().amax() < tolerance)):
+        raise ValueError(
+            "with from_logits=False, input must hold class probabilities that sum to 1, got values from "
+            f"{input.amin().item():g} to {input.amax().item():g} and sums from {total.amin().item():g} to "
+            f"{total.amax().item():g}; logits need from_logits=True"
+        )
+
+
+def class_dim(input: Tensor) -> int:
+    """Dimension of the classes: the only one of (K), dimension 1 of (N, K, d1, ...)."""
+    return min(input.dim() - 1, 1)
+
+
+def row_shape(input: Tensor) -> torch.Size:
+    """Shape of ``input`` without its classes."""
+    dim = class_dim(input)
+    return input.shape[:dim] + input.shape[dim + 1 :]
+
+
+def by_chunks(function: Callable[..., Tensor], input: Tensor, *per_row: Tensor) -> Tensor:
+    """Apply a function of rows to a few rows at a time, so that its float64 temporaries stay small.
+
+    Args:
+        function: From (n, K, d) in the dtype of ``input``, and (n, d) of each of ``per_row``, to (..., n, d).
+        input: (K), (N, K) or (N, K, d1, ...).
+        per_row: Tensors of row shape.
+
+    Returns:
+        (..., *row shape).
+    """
+    shape = row_shape(input)
+    rows = input.reshape(1, -1, 1) if input.dim() == 1 else input.flatten(2) if input.dim() > 2 else input.unsqueeze(2)
+    matched = [values.reshape(rows.shape[0], rows.shape[2]) for values in per_row]
+    done = [
+        _join([function(rows[i, :, j], *(v[i, j] for v in matched)) for j in columns], -1)
+        for i, columns in _tiles(rows)
+    ]
+    result = _join(done, -2)
+    return result.reshape(result.shape[:-2] + shape)
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _tiles(rows: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Slices of the batch, each with the slices of the positions, of at most a chunk of elements where K allows."""
+    count, num_classes, positions = rows.shape
+    chunk = CHUNK.get(rows.device.type, CHUNK["other"])
+    width = max(min(chunk // num_classes, positions), 1)
+    height = max(chunk // (num_classes * width), 1) if width == positions else 1
+    columns = [slice(j, j + width) for j in range(0, max(positions, 1), width)]
+    for i in range(0, max(count, 1), height):
+        yield slice(i, i + height), columns

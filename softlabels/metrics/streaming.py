@@ -1,0 +1,224 @@
+"""The metrics as torchmetrics classes: fed batch by batch, synchronised between processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from softlabels.functional import _checks
+from softlabels.metrics.calibration import NORMS, ReliabilityCurve, bin_sums, check_bins, curve_of_sums
+from softlabels.metrics.diversity import check_neighbors, nearest_neighbor_entropy, true_class_log_odds
+from softlabels.metrics.uncertainty import entropy_sums
+
+
+class _Metric(Metric):
+    """A metric of predictions: the options that all share, and states in float64."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, from_logits: bool, ignore_index: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _checks.check_flag("from_logits", from_logits)
+        _checks.check_ignore_index(ignore_index)
+        self.from_logits = from_logits
+        self.ignore_index = ignore_index
+        self.set_dtype(torch.float64)  # also what a process without data contributes
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one value or several.
+
+        Args:
+            val: A result of ``forward`` or ``compute``, or a list of them. None: the result of ``compute``.
+            ax: Axes to draw on. None: new ones.
+
+        Returns:
+            The figure and the axes.
+        """
+        return self._plot(val, ax)
+
+
+class AveragePredictiveUncertainty(_Metric):
+    r"""Mean entropy of the predictions, in nats, fed batch by batch.
+
+    The value of [`average_predictive_uncertainty`][softlabels.metrics.average_predictive_uncertainty] over all
+    batches of all processes. The state is two numbers.
+
+    Args:
+        from_logits: False says that predictions are class probabilities instead of logits.
+        ignore_index: Label of the rows that do not count.
+        **kwargs: Options of ``torchmetrics.Metric``.
+
+    Shape:
+        ``update(input, target=None)``: logits (K), (N, K) or (N, K, d1, ...); class indices of row shape, which only
+        say which rows are left out. ``compute()``: a scalar in [0, log K], float64; nan without rows.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.metrics import AveragePredictiveUncertainty
+        >>> metric = AveragePredictiveUncertainty()
+        >>> metric.update(torch.zeros(8, 4))
+        >>> metric.update(torch.tensor([[100.0, 0.0, 0.0, 0.0]]))
+        >>> metric.compute()  # 8 / 9 of log 4
+        tensor(1.2323, dtype=torch.float64)
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, Eq. 4.
+    """
+
+    higher_is_better = None
+    plot_lower_bound = 0.0
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, *, from_logits: bool = True, ignore_index: int = -100, **kwargs: Any) -> None:
+        super().__init__(from_logits, ignore_index, **kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, input: Tensor, target: Tensor | None = None) -> None:
+        """Take a batch of predictions."""
+        total, count = entropy_sums(input, target, self.from_logits, self.ignore_index)
+        self.total += total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Mean entropy so far."""
+        return self.total / self.count
+
+
+class ConfidenceDiversity(_Metric):
+    r"""Differential entropy of the true-class probability, in nats, fed batch by batch.
+
+    The value of [`confidence_diversity`][softlabels.metrics.confidence_diversity] over all batches of all processes.
+    Neighbours are found among all samples, so the state is one float64 per sample, 8 MB per million;
+    ``compute_on_cpu=True`` keeps it in main memory.
+
+    Args:
+        n_neighbors: Which nearest neighbour measures the density, at least 1.
+        from_logits: False says that predictions are class probabilities instead of logits.
+        ignore_index: Label of the rows that do not count.
+        **kwargs: Options of ``torchmetrics.Metric``.
+
+    Shape:
+        ``update(input, target)``: logits (K), (N, K) or (N, K, d1, ...); class indices of row shape. ``compute()``: a
+        scalar, float64; nan while no more than ``n_neighbors`` samples count.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        ValueError: ``n_neighbors`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.metrics import ConfidenceDiversity, confidence_diversity
+        >>> metric = ConfidenceDiversity()
+        >>> logits, target = torch.randn(64, 10), torch.randint(10, (64,))
+        >>> for batch in torch.arange(64).split(16):
+        ...     metric.update(logits[batch], target[batch])
+        >>> bool(metric.compute().isclose(confidence_diversity(logits, target)))
+        True
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, Eq. 5.
+    """
+
+    higher_is_better = None
+    plot_upper_bound = 0.0
+    log_odds: list[Tensor]
+
+    def __init__(
+        self, *, n_neighbors: int = 3, from_logits: bool = True, ignore_index: int = -100, **kwargs: Any
+    ) -> None:
+        super().__init__(from_logits, ignore_index, **kwargs)
+        check_neighbors(n_neighbors)
+        self.n_neighbors = n_neighbors
+        self.add_state("log_odds", [], dist_reduce_fx="cat")
+
+    def update(self, input: Tensor, target: Tensor) -> None:
+        """Take a batch of predictions and their labels."""
+        self.log_odds.append(true_class_log_odds(input, target, self.from_logits, self.ignore_index))
+
+    def compute(self) -> Tensor:
+        """Diversity so far."""
+        odds = dim_zero_cat(self.log_odds) if len(self.log_odds) else torch.zeros(0, dtype=torch.float64)
+        if odds.numel() <= self.n_neighbors:
+            return odds.new_tensor(torch.nan)
+        return nearest_neighbor_entropy(odds, self.n_neighbors)
+
+
+class CalibrationError(_Metric):
+    r"""Calibration error of the most likely class, fed batch by batch.
+
+    The value of [`calibration_error`][softlabels.metrics.calibration_error] over all batches of all processes, to
+    rounding in float64. The state is three sums per bin and does not grow with the data; equal-mass bins would need
+    all confidences, so the bins are of equal width.
+
+    Args:
+        n_bins: Number of equal-width bins.
+        norm: ``"l1"`` (expected calibration error), ``"l2"`` or ``"max"``.
+        from_logits: False says that predictions are class probabilities instead of logits.
+        ignore_index: Label of the rows that do not count.
+        **kwargs: Options of ``torchmetrics.Metric``.
+
+    Shape:
+        ``update(input, target)``: logits (K), (N, K) or (N, K, d1, ...); class indices of row shape. ``compute()``: a
+        scalar in [0, 1], float64; nan without rows.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.metrics import CalibrationError
+        >>> metric = CalibrationError(n_bins=20)
+        >>> metric.update(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
+        >>> metric.compute()  # sure at 0.8808, right at 0.5
+        tensor(0.3808, dtype=torch.float64)
+        >>> metric.reliability_curve().count.sum()
+        tensor(2)
+
+    Reference:
+        Guo et al., *On Calibration of Modern Neural Networks*, 2017, Eq. 3.
+    """
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    sums: Tensor
+
+    def __init__(
+        self,
+        *,
+        n_bins: int = 15,
+        norm: str = "l1",
+        from_logits: bool = True,
+        ignore_index: int = -100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(from_logits, ignore_index, **kwargs)
+        check_bins(n_bins)
+        _checks.check_choice("norm", norm, NORMS)
+        self.n_bins = n_bins
+        self.norm = norm
+        self.add_state("sums", torch.zeros(3, n_bins, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, input: Tensor, target: Tensor) -> None:
+        """Take a batch of predictions and their labels."""
+        self.sums += bin_sums(input, target, self.n_bins, self.from_logits, self.ignore_index)
+
+    def compute(self) -> Tensor:
+        """Calibration error so far."""
+        return curve_of_sums(self.sums).error(self.norm)
+
+    def reliability_curve(self) -> ReliabilityCurve:
+        """Bins so far, of all processes: see [`reliability_curve`][softlabels.metrics.reliability_curve]."""
+        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
+            return curve_of_sums(self.sums)

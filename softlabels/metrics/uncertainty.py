@@ -1,0 +1,102 @@
+"""Predictive uncertainty: the Shannon entropy of predictions (paper sec. 4.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softlabels.metrics import _rows
+
+
+def predictive_entropy(input: Tensor, *, from_logits: bool = True) -> Tensor:
+    r"""Shannon entropy of each predicted distribution, in nats.
+
+    $$H(p) = -\sum_{c=1}^K p_c \log p_c, \qquad 0 \log 0 = 0$$
+
+    From logits it is evaluated as $\log(1 + s) + \sum_{c \ne m} e^{d_c} (-d_c) / (1 + s)$ with $m$ the largest class,
+    $d_c = f_c - f_m$ and $s = \sum_{c \ne m} e^{d_c}$: no term is negative, so that nothing cancels, and an entropy of
+    1e-30 is as accurate as one of 1.
+
+    Args:
+        input: Logits (K), (N, K) or (N, K, d1, ...) of any floating dtype.
+        from_logits: False says that ``input`` holds class probabilities instead.
+
+    Returns:
+        Entropy in [0, log K] of row shape, (), (N) or (N, d1, ...), computed in float64 and rounded to float32, or
+        kept in float64 for float64 ``input``. Differentiable.
+
+    Raises:
+        NotImplementedError: ``input`` is not of a floating dtype, or on a device without float64.
+        ValueError: ``input`` was said to hold probabilities and does not.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.metrics import predictive_entropy
+        >>> predictive_entropy(torch.tensor([[0.0, 0.0], [20.0, 0.0]]))
+        tensor([6.9315e-01, 4.3284e-08])
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, Eq. 4 (its summand).
+    """
+    _rows.check_predictions(input)
+    if not from_logits:
+        _rows.check_probabilities(input)
+    entropy = _rows.by_chunks(_entropy if from_logits else _entropy_of_probabilities, input)
+    return entropy.to(torch.promote_types(input.dtype, torch.float32))
+
+
+def average_predictive_uncertainty(
+    input: Tensor, target: Tensor | None = None, *, from_logits: bool = True, ignore_index: int = -100
+) -> Tensor:
+    r"""Mean entropy of the predictions, in nats.
+
+    $$\frac{1}{n} \sum_{j=1}^n H(p(\cdot \mid x_j))$$
+
+    Args:
+        input: Logits (K), (N, K) or (N, K, d1, ...).
+        target: Class indices of row shape; only used to leave out rows. None: all rows count.
+        from_logits: False says that ``input`` holds class probabilities instead.
+        ignore_index: Label of the rows that do not count.
+
+    Returns:
+        A scalar in [0, log K], float64; nan where no row counts.
+
+    Raises:
+        IndexError: a label is neither a class nor ``ignore_index``.
+        ValueError: shapes do not match, or ``input`` was said to hold probabilities and does not.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.metrics import average_predictive_uncertainty
+        >>> average_predictive_uncertainty(torch.zeros(8, 4))  # log 4
+        tensor(1.3863, dtype=torch.float64)
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, Eq. 4.
+    """
+    total, count = entropy_sums(input, target, from_logits, ignore_index)
+    return total / count
+
+
+def entropy_sums(input: Tensor, target: Tensor | None, from_logits: bool, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Summed entropy of the rows that count, and their number; float64 scalars."""
+    kept = None if target is None else _rows.labels(input, target, ignore_index)[1]
+    entropy = predictive_entropy(input, from_logits=from_logits).double()
+    if kept is None:
+        return entropy.sum(), torch.full_like(entropy.sum(), entropy.numel())
+    return torch.where(kept, entropy, 0.0).sum(), kept.sum(dtype=torch.float64)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Entropy over dimension 1 as a sum of terms that are not negative."""
+    logits = logits.double()
+    largest = logits.argmax(1, keepdim=True)
+    below = (logits - logits.gather(1, largest)).clamp(min=-1e3)  # exp(-1e3) is 0, and 0 * -1e3 is 0 where inf is not
+    odds = below.exp().scatter(1, largest, 0.0)
+    total = odds.sum(1)
+    return total.log1p() - (odds * below).sum(1) / (1.0 + total)
+
+
+def _entropy_of_probabilities(probabilities: Tensor) -> Tensor:
+    terms: Tensor = torch.special.entr(probabilities.double())
+    return terms.sum(1)

@@ -1,0 +1,168 @@
+"""Pictures of soft labels and of what they do to a model (extra ``softlabels[plot]``).
+
+Each function draws on the axes it is given, or on those of a figure of its own, and returns them; pyplot and its
+current figure are left alone. Text and lines take the colours of the axes' style, so that a dark style stays dark.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from softlabels.functional import _checks
+from softlabels.metrics.calibration import ReliabilityCurve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["reliability_diagram", "soft_labels"]
+
+# Of middling luminance: contrast of at least 3 with white paper and with dark pages, and different in grey.
+BLUE, ORANGE, GREY = "#2f81c1", "#dd7e33", "#8c8c8c"
+
+
+def reliability_diagram(curve: ReliabilityCurve, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Draw accuracy against confidence.
+
+    Bars are the accuracy of each bin; hatched is the gap between it and the bin's mean confidence, the error of
+    calibration. Dots stand at mean confidence and accuracy, with an area in proportion to the samples in the bin, so
+    that a large gap of few samples looks as small as it counts. On the diagonal, predictions are right as often as
+    they are sure.
+
+    Args:
+        curve: From [`reliability_curve`][softlabels.metrics.reliability_curve], or from the method of that name of
+            [`CalibrationError`][softlabels.metrics.CalibrationError].
+        ax: Matplotlib axes to draw on. None: those of a new figure, ``ax.figure``, which pyplot does not know.
+        title: Written above, before the expected calibration error. None: the error alone.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: ``curve`` is not a reliability curve.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.metrics import reliability_curve
+        >>> from softlabels.plotting import reliability_diagram
+        >>> logits, target = 3 * torch.randn(500, 10), torch.randint(10, (500,))
+        >>> ax = reliability_diagram(reliability_curve(logits, target), title="untrained")
+        >>> ax.get_title().startswith("untrained, ECE ")
+        True
+
+    Reference:
+        Guo et al., *On Calibration of Modern Neural Networks*, 2017, Fig. 1.
+    """
+    if not isinstance(curve, ReliabilityCurve):
+        raise TypeError(
+            f"curve must be a ReliabilityCurve, such as softlabels.metrics.reliability_curve(logits, target) returns, "
+            f"got {type(curve).__name__}"
+        )
+    ax = _axes(ax)
+    ink = ax.xaxis.label.get_color()
+    filled = curve.count > 0
+    confidence, accuracy, count = (x[filled].tolist() for x in (curve.confidence, curve.accuracy, curve.count))
+    left, right = curve.edges[:-1][filled].tolist(), curve.edges[1:][filled].tolist()
+    widths = [b - a for a, b in zip(left, right, strict=True)]
+    gaps = [c - a for c, a in zip(confidence, accuracy, strict=True)]
+    bars = functools.partial(ax.bar, left, width=widths, align="edge", linewidth=0.8)
+    bars(accuracy, color=BLUE, edgecolor=ink, label="accuracy")
+    bars(gaps, bottom=accuracy, facecolor="none", edgecolor=ORANGE, hatch="////", label="gap to confidence")
+    ax.plot([0, 1], [0, 1], color=ink, linestyle="--", linewidth=1.0)
+    areas = [400.0 * n / max(sum(count), 1) for n in count]
+    ax.scatter(confidence, accuracy, areas, color=ORANGE, edgecolors=ink, linewidths=0.8, zorder=3, clip_on=False)
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="accuracy")
+    ax.set_title(", ".join(filter(None, [title, f"ECE {100 * curve.error().item():.1f} %"])))
+    ax.legend(loc="upper left", fontsize="small")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def soft_labels(targets: Tensor, target: Tensor, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+    """Draw the soft label of each sample of a batch, the one with the surest true class first.
+
+    Each sample is one column, split into the probability of its true class, of the other class that gets most, and
+    of all the rest. Label smoothing gives columns that are all alike; Beta smoothing gives each sample a true class of
+    its own; a teacher also says which class the rest goes to. The dashed line is the mean of the true class, which is
+    what methods are compared at.
+
+    Args:
+        targets: Soft labels (N, K), for example from
+            [`beta_smoothing_targets`][softlabels.functional.beta_smoothing_targets] or
+            [`distillation_targets`][softlabels.functional.distillation_targets].
+        target: Class indices (N).
+        ax: Matplotlib axes to draw on. None: those of a new figure, ``ax.figure``, which pyplot does not know.
+        title: Written above.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        IndexError: a label is not a class.
+        ValueError: shapes do not match.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.functional import beta_smoothing_targets
+        >>> from softlabels.plotting import soft_labels
+        >>> target = torch.randint(10, (32,))
+        >>> confidence = torch.rand(32)  # in training: of an EMA of the model
+        >>> ax = soft_labels(beta_smoothing_targets(target, 10, confidence), target)
+        >>> ax.get_xlabel()
+        'samples, by soft label of the true class'
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 5 and 6.
+    """
+    _checks.check_tensor("targets", targets)
+    _checks.check_tensor("target", target)
+    if targets.dim() != 2 or target.shape != targets.shape[:1]:
+        raise ValueError(
+            f"targets must be soft labels (N, K) and target class indices (N), got shapes {tuple(targets.shape)} and "
+            f"{tuple(target.shape)}"
+        )
+    count, num_classes = targets.shape
+    targets, target = targets.detach().double().cpu(), target.detach().long().cpu()
+    if ((target < 0) | (target >= num_classes)).any():
+        raise IndexError(f"target must hold class indices in [0, {num_classes}), got {target.tolist()}")
+    ax = _axes(ax)
+    ink = ax.xaxis.label.get_color()
+    own = targets.gather(1, target.unsqueeze(1)).squeeze(1)
+    others = targets.scatter(1, target.unsqueeze(1), 0.0)
+    order = own.argsort(descending=True, stable=True)
+    top = others.amax(1)
+    levels = torch.stack([own * 0, own, own + top, targets.sum(1)])[:, order].tolist()
+    edges = [i + 0.5 for i in range(count + 1)]
+    parts = functools.partial(ax.stairs, edges=edges, fill=True, edgecolor=ink, linewidth=0.4 if count <= 128 else 0.0)
+    for name, color, hatch, low, high in zip(
+        ("true class", "largest other class", "all other classes"),
+        (BLUE, ORANGE, GREY),
+        ("", "///", "..."),
+        levels[:-1],
+        levels[1:],
+        strict=True,
+    ):
+        parts(high, baseline=low, facecolor=color, hatch=hatch, label=name)
+    mean = own.mean().item()
+    ax.axhline(mean, color=ink, linestyle="--", linewidth=1.0, label=f"mean of the true class, {mean:.2f}")
+    ax.set(xlim=(0.5, count + 0.5), ylim=(0, 1), ylabel="probability")
+    ax.set_xlabel("samples, by soft label of the true class")
+    ax.legend(loc="lower left", fontsize="small")
+    if title:
+        ax.set_title(title)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    """The axes given, or those of a figure of its own."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError("softlabels.plotting needs matplotlib: pip install 'softlabels[plot]'") from error
+    return Figure(layout="constrained").subplots() if ax is None else ax
