@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import math
 
 import torch
-import torchmetrics.classification
+import torchmetrics
 from scipy.spatial import cKDTree
 from scipy.special import digamma
 from scipy.stats import differential_entropy
 from torch import Tensor
+from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics.functional.classification import multiclass_calibration_error
 
-from benchmarks.speed.timing import Measurement, compare, keep_freed_memory, peak_memory
+from benchmarks.speed.timing import Measurement, Run, compare, keep_freed_memory, peak_memory
 from softlabels import metrics
 
 TITLE = "Metrics"
@@ -39,60 +41,54 @@ def describe(options: argparse.Namespace) -> str:
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
     """Time and memory of each metric and its peers."""
     torch.manual_seed(0)
-    n, device = options.samples, options.device
+    groups = {
+        "confidence diversity": diversity_runs(options.samples, options.device, options.threads),
+        "calibration error": calibration_runs(options.samples, options.device),
+    }
+    peaks = {name: peak_memory(run, options.device) for runs in groups.values() for name, run in runs.items()}
+    if options.malloc == "keep":
+        keep_freed_memory()
+    return {
+        title: compare(runs, options.rounds, options.device, warmup=1, peaks=peaks) for title, runs in groups.items()
+    }
+
+
+def diversity_runs(n: int, device: torch.device, threads: int) -> dict[str, Run]:
+    """Everything from logits to the estimate; the base first."""
     target = torch.randint(10, (n,), device=device)
     logits = 2 * torch.randn(n, 10, device=device)
     logits.scatter_add_(1, target.unsqueeze(1), torch.full((n, 1), 5.0, device=device))
-    diversity: dict[str, Callable[[], object]] = {
+    return {
+        "scipy.spatial.cKDTree": lambda: k_d_tree(logits, target, threads),
         "softlabels.metrics.confidence_diversity": lambda: metrics.confidence_diversity(
             logits, target, n_neighbors=NEIGHBORS
         ),
         "scipy.stats.differential_entropy (Vasicek)": lambda: differential_entropy(true_class(logits, target).numpy()),
     }
-    wide_target = torch.randint(100, (n,), device=device)
-    wide = 3 * torch.randn(n, 100, device=device)
-    parts = list(torch.arange(n).split(-(-n // BATCHES)))
-    bounds = [slice(int(p[0]), int(p[-1]) + 1) for p in parts]
+
+
+def calibration_runs(n: int, device: torch.device) -> dict[str, Run]:
+    """All at once, and fed to a class in batches; the base first."""
+    target = torch.randint(100, (n,), device=device)
+    logits = 3 * torch.randn(n, 100, device=device)
+    size = math.ceil(n / BATCHES)
 
     def fed(metric: torchmetrics.Metric) -> Tensor:
-        for part in bounds:
-            metric.update(wide[part], wide_target[part])
+        metric.to(device)
+        for batch, labels in zip(logits.split(size), target.split(size), strict=True):
+            metric.update(batch, labels)
         return metric.compute()
 
-    calibration: dict[str, Callable[[], object]] = {
-        "softlabels.metrics.calibration_error": lambda: metrics.calibration_error(wide, wide_target, n_bins=BINS),
-        f"softlabels.metrics.CalibrationError, {BATCHES} batches": lambda: fed(
-            metrics.CalibrationError(n_bins=BINS).to(device)
-        ),
-        f"torchmetrics MulticlassCalibrationError, {BATCHES} batches": lambda: fed(
-            torchmetrics.classification.MulticlassCalibrationError(100, n_bins=BINS, validate_args=False).to(device)
-        ),
-    }
-    groups = {
-        "confidence diversity": (
-            ("scipy.spatial.cKDTree", lambda: k_d_tree(logits, target, options.threads)),
-            diversity,
-        ),
-        "calibration error": (
-            (
-                "torchmetrics multiclass_calibration_error",
-                lambda: torchmetrics.functional.classification.multiclass_calibration_error(
-                    wide, wide_target, 100, n_bins=BINS, validate_args=False
-                ),
-            ),
-            calibration,
-        ),
-    }
-    peaks = {
-        run_name: peak_memory(run, device)
-        for base, rivals in groups.values()
-        for run_name, run in [base, *rivals.items()]
-    }
-    if options.malloc == "keep":
-        keep_freed_memory()
+    options = {"n_bins": BINS, "validate_args": False}
     return {
-        title: compare(base, rivals, options.rounds, device, warmup=1, peaks=peaks)
-        for title, (base, rivals) in groups.items()
+        "torchmetrics multiclass_calibration_error": lambda: multiclass_calibration_error(
+            logits, target, 100, **options
+        ),
+        "softlabels.metrics.calibration_error": lambda: metrics.calibration_error(logits, target, n_bins=BINS),
+        f"softlabels.metrics.CalibrationError, {BATCHES} batches": lambda: fed(metrics.CalibrationError(n_bins=BINS)),
+        f"torchmetrics MulticlassCalibrationError, {BATCHES} batches": lambda: fed(
+            MulticlassCalibrationError(100, **options)
+        ),
     }
 
 

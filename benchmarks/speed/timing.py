@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+Run = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -27,8 +29,8 @@ class Ratio:
 
 
 def interleave(
-    base: Callable[[], object],
-    rivals: dict[str, Callable[[], object]],
+    base: Run,
+    rivals: dict[str, Run],
     rounds: int,
     device: torch.device,
     warmup: int = 3,
@@ -64,21 +66,20 @@ class Measurement:
 
 
 def compare(
-    base: tuple[str, Callable[[], object]],
-    rivals: dict[str, Callable[[], object]],
+    runs: dict[str, Run],
     rounds: int,
     device: torch.device,
     warmup: int = 3,
     peaks: dict[str, float | None] | None = None,
 ) -> dict[str, Measurement]:
-    """Time rivals against the base; the base comes first."""
-    name, run = base
+    """Time all runs against the first."""
     peaks = peaks or {}
-    base_seconds, pairs = interleave(run, rivals, rounds, device, warmup)
-    return {
-        name: Measurement(base_seconds, None, peaks.get(name)),
-        **{rival: Measurement([own for own, _ in p], ratio(p), peaks.get(rival)) for rival, p in pairs.items()},
-    }
+    base, *rivals = runs
+    base_seconds, pairs = interleave(runs[base], {name: runs[name] for name in rivals}, rounds, device, warmup)
+    measured = {base: Measurement(base_seconds, None, peaks.get(base))}
+    for name, p in pairs.items():
+        measured[name] = Measurement([own for own, _ in p], ratio(p), peaks.get(name))
+    return measured
 
 
 def ratio(pairs: list[tuple[float, float]]) -> Ratio:
@@ -90,7 +91,7 @@ def ratio(pairs: list[tuple[float, float]]) -> Ratio:
     return Ratio(median, low, high)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def _seconds(run: Run, device: torch.device) -> float:
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -115,7 +116,7 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
+def peak_memory(run: Run, device: torch.device) -> float | None:
     """MiB that a second run adds to what is held before it, at most; None where this system cannot say.
 
     On a CPU this is the resident memory of the process, so it must be asked before `keep_freed_memory`.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import softlabels
-from benchmarks.speed.timing import Measurement, compare, keep_freed_memory
+from benchmarks.speed.timing import Measurement, Run, compare, keep_freed_memory
 from softlabels.ranking import log_odds
 
 TITLE = "Cost of a loss in a training step"
@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
         images = images.to(memory_format=torch.channels_last)
         precision = lambda: torch.autocast(device.type, dtype=torch.bfloat16)  # noqa: E731
 
-    def make_step(name: str) -> tuple[Callable[[], None], nn.Module]:
+    def make_step(name: str) -> tuple[Run, nn.Module]:
         model = copy.deepcopy(initial)
         criterion = LOSSES[name](model, samples)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
 
         return step, criterion
 
-    steps: dict[str, Callable[[], None]] = {}
+    steps: dict[str, Run] = {}
     criteria: dict[str, nn.Module] = {}
     for name in LOSSES:
         steps[name], criteria[name] = make_step(name)
@@ -121,12 +121,11 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
         with precision():
             teacher(images)
 
-    parts: dict[str, Callable[[], object]] = {
+    parts: dict[str, Run] = {
         "part: teacher's forward pass": teacher_pass,
         "part: EMA update": teacher.update,
         "part: scores of the batch": lambda: log_odds(logits, labels, "max"),
     }
-    base = (BASE, steps.pop(BASE))
-    whole = compare(base, steps, rounds, device, warmup=1)
-    alone = compare(base, parts, max(rounds // 4, 1), device, warmup=0)
+    whole = compare(steps, rounds, device, warmup=1)
+    alone = compare({BASE: steps[BASE], **parts}, max(rounds // 4, 1), device, warmup=0)
     return {"step, or part of one": {**whole, **{name: alone[name] for name in parts}}}
