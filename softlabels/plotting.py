@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softlabels.functional import _checks
+from softlabels.metrics import _rows
 from softlabels.metrics.calibration import ReliabilityCurve
 
 if TYPE_CHECKING:
@@ -120,16 +121,23 @@ def soft_labels(targets: Tensor, target: Tensor, *, ax: Axes | None = None, titl
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 5 and 6.
     """
     _checks.check_tensor("targets", targets)
-    _checks.check_tensor("target", target)
-    if targets.dim() != 2 or target.shape != targets.shape[:1]:
+    if targets.dim() != 2 or 0 in targets.shape or not targets.is_floating_point():
         raise ValueError(
-            f"targets must be soft labels (N, K) and target class indices (N), got shapes {tuple(targets.shape)} and "
-            f"{tuple(target.shape)}"
+            f"targets must be soft labels (N, K) of a floating dtype, got {targets.dtype} of shape "
+            f"{tuple(targets.shape)}"
         )
-    count, num_classes = targets.shape
-    targets, target = targets.detach().double().cpu(), target.detach().long().cpu()
-    if ((target < 0) | (target >= num_classes)).any():
-        raise IndexError(f"target must hold class indices in [0, {num_classes}), got {target.tolist()}")
+    target, kept = _rows.labels(targets, target, ignore_index=-100, name="targets")
+    if not kept.all():
+        raise IndexError("target must hold the class of each row, got the ignored label -100; leave such rows out")
+    total = targets.sum(1, dtype=torch.float64)
+    bad = (targets.amin(1) < 0) | ~((total - 1.0).abs() < 0.01)
+    if bad.any():
+        raise ValueError(
+            f"targets must be probabilities that sum to 1, got a row {targets[bad][0, :5].tolist()}... with sum "
+            f"{total[bad][0].item():g}; logits need softmax(1)"
+        )
+    count = targets.shape[0]
+    targets, target = targets.detach().double().cpu(), target.cpu()
     ax = _axes(ax)
     ink = ax.xaxis.label.get_color()
     own = targets.gather(1, target.unsqueeze(1)).squeeze(1)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -234,8 +235,9 @@ def match_temperature(
     between it may rise before it falls, since softening helps the samples that the teacher gets wrong. Where two
     temperatures give the same average, the higher one is returned: its soft labels are the softer ones.
 
-    $m$ is evaluated in float64 at temperatures a factor 2 apart, from far above the differences between the logits
-    down, until the wanted average is bracketed; Brent's method does the rest.
+    $m$ is evaluated in float64 at temperatures a factor 2 apart, from far above the differences between the logits of
+    a row down to below the smallest margin of a label, until the wanted average is bracketed or a peak or dip between
+    three of them may reach it; Brent's method does the rest.
 
     Args:
         teacher_logits: Logits (N, K) or (N, K, d1, ...) of the teacher on the training set.
@@ -261,46 +263,84 @@ def match_temperature(
     Reference:
         Zhang & Sabuncu (2020), sec. 7.1: T is chosen so that self-distillation smooths as much as label smoothing.
     """
-    from scipy.optimize import brentq, minimize_scalar  # scipy takes longer to import than softlabels
-
     _checks.check_number("alpha", alpha, low=0.0, high=1.0, high_open=True)
     _checks.check_fraction("true_class", true_class)
     target, kept = _rows.labels(teacher_logits, target, ignore_index, name="teacher_logits")
-    logits = teacher_logits.detach()
-    if not kept.any() or logits.isnan().any():
+    rows = teacher_logits.detach().movedim(_rows.class_dim(teacher_logits), -1)[kept]
+    labels = target[kept]
+    widest, narrowest = _gaps(rows, labels)
+    if not math.isfinite(widest):
         raise ValueError(
-            f"teacher_logits must hold a row whose label is not ignored, and no nan; got shape {tuple(logits.shape)}, "
-            f"{int(kept.sum())} rows that count and {int(logits.isnan().sum())} nan"
+            f"teacher_logits must hold at least one row that counts, and give each such row a softmax; got "
+            f"{len(rows)} rows that count, {int(rows.isfinite().any(1).sum())} of them with a finite logit, and "
+            f"{int(rows.isnan().sum())} nan"
         )
+
+    averages: list[float] = []
 
     def excess(log2_temperature: float) -> float:
         """Average soft-label value of the true class, less the wanted one."""
         scaled = functools.partial(_scaled_log_odds, temperature=2.0**log2_temperature)
-        probability = _rows.by_chunks(scaled, logits, target)[kept].sigmoid()
-        return alpha + (1.0 - alpha) * probability.mean().item() - true_class
+        average = alpha + (1.0 - alpha) * _rows.by_chunks(scaled, rows, labels).sigmoid().mean().item()
+        averages.append(average)
+        return average - true_class
 
-    smallest, largest = logits.masked_fill(logits.isinf(), 0.0).aminmax()
-    spread = math.log2(max(largest.item() - smallest.item(), 1e-30))
-    powers = [spread + step for step in range(16, -17, -1)]
-    excesses: list[float] = []
-    for i, power in enumerate(powers):
-        excesses.append(excess(power))
-        if i > 0 and excesses[i - 1] * excesses[i] <= 0.0:
-            return float(2.0 ** brentq(excess, power, powers[i - 1], xtol=1e-12))
-
-    # All averages lie on one side of the wanted one. Between two of these temperatures, one may reach it.
-    side = math.copysign(1.0, excesses[0])
-    nearest = min(range(len(powers)), key=lambda i: side * excesses[i])
-    harder, softer = powers[min(nearest + 1, len(powers) - 1)], powers[max(nearest - 1, 0)]
-    found = minimize_scalar(lambda power: side * excess(power), bounds=(harder, softer), method="bounded")
-    if found.fun <= 0.0:
-        return float(2.0 ** brentq(excess, float(found.x), softer, xtol=1e-12))
-    averages = [true_class + e for e in (*excesses, side * float(found.fun))]
+    # From where all classes are nearly alike down to where each row knows one class alone.
+    tried: list[tuple[float, float]] = []  # (log2 T, excess)
+    for power in range(math.ceil(math.log2(widest)) + 24, math.floor(math.log2(narrowest)) - 7, -1):
+        tried.append((float(power), excess(float(power))))
+        root = _root_or_none(excess, tried[-3:])
+        if root is not None:
+            return float(2.0**root)
     raise ValueError(
         f"true_class={true_class} cannot be reached with alpha={alpha}: over all temperatures, this teacher's soft "
         f"labels give the true class {min(averages):.6g} to {max(averages):.6g} on average"
     )
 
 
+def _gaps(rows: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Largest difference between the logits of a row, and smallest between the label's and the best other one's.
+
+    Over (n, K); differences of 0 are left out, and 1 stands in where nothing differs. inf where there are no rows or
+    one of them has no softmax.
+    """
+    if len(rows) == 0 or rows.isnan().any() or not rows.amax(1).isfinite().all():
+        return math.inf, math.inf
+    lowest = rows.masked_fill(rows.isinf(), math.inf).amin(1).double()
+    widest = (rows.amax(1).double() - lowest).max().item()
+    margin = _rows.by_chunks(lambda x, y: _margin(_rows.below_top(x), y), rows, labels).abs()
+    margin = margin[(margin > 0) & margin.isfinite()]
+    narrowest = margin.min().item() if margin.numel() else 1.0
+    return widest or 1.0, min(narrowest, widest or 1.0)
+
+
+def _margin(logits: Tensor, target: Tensor) -> Tensor:
+    chosen = target.unsqueeze(1)
+    return logits.gather(1, chosen).squeeze(1) - logits.scatter(1, chosen, -math.inf).amax(1)
+
+
+def _root_or_none(excess: Callable[[float], float], tried: list[tuple[float, float]]) -> float | None:
+    """The softest root among the last three temperatures tried, of falling log2 T, or None.
+
+    Between the last two where the sign changes; or around the middle one, where it comes nearer to 0 than both others
+    and a point beside it reaches 0.
+    """
+    from scipy.optimize import brentq, minimize_scalar  # scipy takes longer to import than softlabels
+
+    harder, last = tried[-1]
+    if len(tried) == 1:
+        return harder if abs(last) <= 1e-12 else None
+    if tried[-2][1] * last <= 0.0:
+        return float(brentq(excess, harder, tried[-2][0], xtol=1e-12))
+    if len(tried) == 3:
+        (softer, first), (_, middle), _ = tried
+        side = math.copysign(1.0, middle)
+        if side * middle < min(side * first, side * last):
+            found = minimize_scalar(lambda power: side * excess(power), bounds=(harder, softer), method="bounded")
+            if found.fun <= 0.0:
+                return float(brentq(excess, float(found.x), softer, xtol=1e-12))
+    return None
+
+
 def _scaled_log_odds(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    return log_odds(logits.double() / temperature, target, "true_class")
+    return log_odds(_rows.below_top(logits) / temperature, target, "true_class")

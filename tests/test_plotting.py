@@ -101,8 +101,20 @@ def test_text_follows_the_style():
 def test_bad_input():
     with pytest.raises(TypeError, match=r"curve must be a ReliabilityCurve.*got Tensor"):
         plotting.reliability_diagram(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"targets must be soft labels \(N, K\).*\(4, 2\) and \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"class indices of shape \(4,\) for targets of shape \(4, 2\), got shape \(3,\)"
+    ):
         plotting.soft_labels(PROBABILITIES, torch.tensor([0, 1, 0]))
+    with pytest.raises(
+        ValueError, match=r"soft labels \(N, K\) of a floating dtype, got torch.float32 of shape \(0, 2\)"
+    ):
+        plotting.soft_labels(PROBABILITIES[:0], torch.tensor([], dtype=torch.long))
+    with pytest.raises(ValueError, match=r"probabilities that sum to 1, got a row \[3.0, -1.0\]... with sum 2"):
+        plotting.soft_labels(torch.tensor([[3.0, -1.0]]), torch.tensor([0]))
+    with pytest.raises(TypeError, match="target must hold class indices"):
+        plotting.soft_labels(PROBABILITIES, torch.tensor([0.0, 1.7, 0.0, 0.0]))
+    with pytest.raises(IndexError, match="ignored label -100"):
+        plotting.soft_labels(PROBABILITIES, torch.tensor([0, 1, 0, -100]))
     with pytest.raises(IndexError, match=r"class indices in \[0, 2\)"):
         plotting.soft_labels(PROBABILITIES, torch.tensor([0, 1, 0, 2]))
 

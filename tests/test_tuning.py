@@ -168,6 +168,59 @@ def test_match_temperature_finds_a_peak_between_its_grid_and_names_the_range():
         tuning.match_temperature(logits, y, alpha=0.2, true_class=0.45)
 
 
+def test_match_temperature_finds_a_peak_on_the_softer_side_of_a_harder_root():
+    """Two crossings less than a factor 2 apart, and a third far below: the softest is returned."""
+    mostly_wrong, right = torch.zeros(70, 10).double(), torch.zeros(30, 10).double()
+    mostly_wrong[:, 0], mostly_wrong[:, 1], right[:, 0] = 1000.0, 800.0, 1.0
+    logits = torch.cat([mostly_wrong, right])
+    y = torch.cat([torch.ones(70), torch.zeros(30)]).long()
+    temperature = tuning.match_temperature(logits, y, alpha=0.0, true_class=0.22909337)
+    assert temperature == pytest.approx(314, abs=2)
+    assert average(logits, y, 0.0, temperature) == pytest.approx(0.22909337, abs=1e-9)
+
+
+def sure_teacher():
+    logits, y = torch.randn(300, 10, dtype=torch.float64), torch.randint(10, (300,))
+    logits[torch.arange(300), y] += 12
+    return logits, y
+
+
+@pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_match_temperature_with_masked_classes(fill):
+    logits, y = sure_teacher()
+    logits[:, 9] = torch.where(y == 9, logits[:, 9], fill)
+    temperature = tuning.match_temperature(logits, y, alpha=0.0, true_class=0.5)
+    assert 3 < temperature < 10
+    assert average(logits, y, 0.0, temperature) == pytest.approx(0.5, abs=1e-9)
+
+
+def test_match_temperature_with_offsets_and_outliers():
+    logits, y = sure_teacher()
+    expected = tuning.match_temperature(logits, y, alpha=0.0, true_class=0.5)
+    shifted = logits + 1e5 * torch.randn(300, 1)
+    assert tuning.match_temperature(shifted, y, alpha=0.0, true_class=0.5) == pytest.approx(expected, rel=1e-9)
+    ignored = torch.cat([logits, torch.tensor([[1e12] + [torch.nan] * 9])])
+    labels = torch.cat([y, torch.tensor([-100])])
+    assert tuning.match_temperature(ignored, labels, alpha=0.0, true_class=0.5) == pytest.approx(expected)
+    logits[7] *= 1e6
+    assert tuning.match_temperature(logits, y, alpha=0.0, true_class=0.5) == pytest.approx(expected, rel=0.05)
+
+
+def test_match_temperature_near_the_ends_of_what_can_be_reached():
+    logits = torch.zeros(8, 5)
+    logits[:, 0] = 10.0
+    y = torch.zeros(8, dtype=torch.long)
+    for wanted in (0.2000005, 0.9999999, 1.0):
+        temperature = tuning.match_temperature(logits, y, alpha=0.0, true_class=wanted)
+        assert average(logits.double(), y, 0.0, temperature) == pytest.approx(wanted, abs=1e-9)
+    with pytest.raises(ValueError, match=r"give the true class 0.2 to 1 on average"):
+        tuning.match_temperature(logits, y, alpha=0.0, true_class=0.19)
+    constant = torch.full((4, 5), 7.0)
+    assert tuning.match_temperature(constant, y[:4], alpha=0.0, true_class=0.2) > 1.0  # any is right
+    with pytest.raises(ValueError, match=r"give the true class 0.2 to 0.2 on average"):
+        tuning.match_temperature(constant, y[:4], alpha=0.0, true_class=0.5)
+
+
 def test_match_temperature_with_a_class_that_is_ruled_out():
     logits, y = 3 * torch.randn(50, 4), torch.zeros(50, dtype=torch.long)
     logits[:, 0] += 12
@@ -181,7 +234,8 @@ def test_match_temperature_with_a_class_that_is_ruled_out():
     [
         (lambda x, y: tuning.match_temperature(x, y, alpha=1.0, true_class=0.9), r"alpha must be in \[0, 1\), got 1.0"),
         (lambda x, y: tuning.match_temperature(x, y, alpha=0.5, true_class=2.0), r"true_class must be in \[0, 1\]"),
-        (lambda x, y: tuning.match_temperature(x * torch.nan, y, alpha=0.5, true_class=0.9), "and no nan; got"),
+        (lambda x, y: tuning.match_temperature(x * torch.nan, y, alpha=0.5, true_class=0.9), "and 15 nan"),
+        (lambda x, y: tuning.match_temperature(x / 0, y, alpha=0.5, true_class=0.9), "5 rows that count"),
         (lambda x, y: tuning.match_temperature(x, y - 100, alpha=0.5, true_class=0.9), "0 rows that count"),
         (lambda x, y: tuning.match_temperature(x * 0, y, alpha=0.5, true_class=0.9), "0.666667 to 0.666667"),
         (lambda x, y: tuning.beta_true_class(0.0, 0.5), "concentration must be in"),

@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks.speed train-step`` or ``metrics``."""
+"""Command line: ``python -m benchmarks.speed losses``, ``train-step``, ``metrics`` or ``import``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from benchmarks.paper.report import provenance
 from benchmarks.speed.timing import Measurement
 
 BENCHMARKS = {
+    "losses": ("benchmarks.speed.losses", "forward and backward of the losses alone, beside their peers"),
     "train-step": ("benchmarks.speed.train_step", "cost of a loss in a whole training step"),
     "metrics": ("benchmarks.speed.metrics", "metrics of a million predictions, beside their peers"),
+    "import": ("benchmarks.speed.imports", "what importing softlabels adds to importing torch"),
 }
 
 
@@ -44,7 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: value for name, value in vars(options).items() if name not in ("benchmark", "out")}
     command_line = " ".join(
         [f"python -m benchmarks.speed {options.benchmark}"]
-        + [f"--{name.replace('_', '-')} {value}" for name, value in settings.items()]
+        + [
+            f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
+            for name, value in settings.items()
+        ]
     )
     made = provenance(command_line)
     text = "\n\n".join(table(heading, rows) for heading, rows in results.items())
@@ -55,7 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{text}\n\n{note}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        records = {name: dataclasses.asdict(row) for rows in results.values() for name, row in rows.items()}
+        records = {
+            heading: {name: dataclasses.asdict(row) for name, row in rows.items()} for heading, rows in results.items()
+        }
         (options.out / "records.json").write_text(json.dumps({**made, "results": records}, indent=1) + "\n")
         (options.out / "table.md").write_text(f"# {benchmark.TITLE}\n\n{text}\n\n{note}\n")
 
@@ -69,9 +76,9 @@ def table(heading: str, rows: dict[str, Measurement]) -> str:
         "|---|---:|---:|" + ("---:|" if memory else ""),
     ]
     for name, row in rows.items():
-        cells = [name, f"{1e3 * statistics.median(row.seconds):.2f}", str(row.ratio or 1)]
+        cells = [name, f"{1e3 * statistics.median(row.seconds):.3f}", str(row.ratio or 1)]
         if memory:
-            cells.append("unmeasured" if row.peak is None else f"{row.peak:.0f}")
+            cells.append("unmeasured" if row.peak is None else f"{row.peak:.3g}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -75,6 +75,12 @@ def check_fraction(name: str, value: object) -> None:
     check_number(name, value, low=0.0, high=1.0)
 
 
+def check_count(name: str, value: object) -> None:
+    """An option is a whole number of at least 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+
+
 def check_classes(num_classes: object, at_least: int = 1) -> None:
     """``num_classes`` is a whole number of classes."""
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < at_least:

@@ -17,18 +17,19 @@ def labels(input: Tensor, target: Tensor, ignore_index: int, name: str = "input"
     check_predictions(input, name)
     _checks.check_ignore_index(ignore_index)
     _checks.check_tensor("target", target)
-    if target.is_floating_point():
+    _checks.check_device("target", target, input)
+    wanted = row_shape(input)
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(
-            f"target must hold class indices of shape {tuple(row_shape(input))}, got {target.dtype} of shape "
+            f"target must hold class indices of shape {tuple(wanted)}, got {target.dtype} of shape "
             f"{tuple(target.shape)}; for class probabilities pass target.argmax(1)"
         )
-    if target.shape == input.shape and input.dim() > 1:
-        raise RuntimeError(
-            f"target must hold class indices of shape {tuple(row_shape(input))} for input of shape "
-            f"{tuple(input.shape)}, got shape {tuple(target.shape)}"
+    if target.shape != wanted and not (input.dim() == 1 and target.numel() == 1):
+        raise ValueError(
+            f"target must hold class indices of shape {tuple(wanted)} for {name} of shape {tuple(input.shape)}, got "
+            f"shape {tuple(target.shape)}"
         )
-    _checks.check_target(input, target, ignore_index)
-    target = target.reshape(row_shape(input)).long()
+    target = target.reshape(wanted).long()
     kept = target != ignore_index
     target = target.masked_fill(~kept, 0)
     num_classes = input.shape[class_dim(input)]
@@ -52,18 +53,28 @@ def check_predictions(input: Tensor, name: str = "input") -> None:
         raise NotImplementedError(f"metrics are computed in float64, which mps devices lack; pass {name}.cpu()")
 
 
-def check_probabilities(input: Tensor) -> None:
-    """With ``from_logits=False``, rows are probabilities, where looking costs nothing."""
+def check_probabilities(input: Tensor, kept: Tensor | None = None) -> None:
+    """With ``from_logits=False``, the rows that count are probabilities, where looking costs nothing."""
     if input.numel() == 0:
         return
-    total = input.sum(class_dim(input), dtype=torch.float64)
-    tolerance = max(1e-3, 4 * torch.finfo(input.dtype).eps * input.shape[class_dim(input)] ** 0.5)
-    if _checks.peek((input.amin() < 0) | ~((total - 1).abs().amax() < tolerance)):
+    dim = class_dim(input)
+    total, smallest = input.sum(dim, dtype=torch.float64), input.amin(dim)
+    tolerance = max(1e-3, 4 * torch.finfo(input.dtype).eps * input.shape[dim] ** 0.5)
+    bad = (smallest < 0) | ~((total - 1).abs() < tolerance)
+    bad = bad if kept is None else bad & kept
+    if _checks.peek(bad.any()):
         raise ValueError(
-            "with from_logits=False, input must hold class probabilities that sum to 1, got values from "
-            f"{input.amin().item():g} to {input.amax().item():g} and sums from {total.amin().item():g} to "
-            f"{total.amax().item():g}; logits need from_logits=True"
+            "with from_logits=False, input must hold class probabilities that sum to 1, got a row whose smallest value "
+            f"is {smallest[bad][0].item():g} and whose sum is {total[bad][0].item():g}; logits need from_logits=True"
         )
+
+
+def below_top(logits: Tensor) -> Tensor:
+    """Logits less the largest of their row, of (n, K, d), in a float64 tensor of its own: at most 0.
+
+    A constant added to a row falls out before anything is rounded.
+    """
+    return logits.to(torch.float64, copy=True).sub_(logits.amax(1, keepdim=True))
 
 
 def class_dim(input: Tensor) -> int:

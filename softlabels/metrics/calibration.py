@@ -22,7 +22,8 @@ class ReliabilityCurve:
         confidence: (B,) Mean confidence of each bin, float64; nan where the bin is empty.
         accuracy: (B,) Share of right predictions of each bin, float64; nan where the bin is empty.
         count: (B,) Number of samples in each bin, int64.
-        edges: (B + 1,) Bin b holds the confidences in (edges[b], edges[b + 1]], float64.
+        edges: (B + 1,) Bin b holds the confidences in (edges[b], edges[b + 1]], float64. Probabilities of a narrower
+            dtype are compared with the edges rounded to that dtype.
 
     Example:
         >>> import torch
@@ -151,7 +152,7 @@ def reliability_curve(
     Reference:
         Guo et al., *On Calibration of Modern Neural Networks*, 2017, sec. 2.
     """
-    check_bins(n_bins)
+    _checks.check_count("n_bins", n_bins)
     _checks.check_choice("binning", binning, BINNINGS)
     if binning == "equal-width":
         return curve_of_sums(bin_sums(input, target, n_bins, from_logits, ignore_index))
@@ -162,12 +163,6 @@ def reliability_curve(
     inner = confidence.sort().values[last_of_bin.clamp(min=0)] if n else confidence.new_zeros(n_bins - 1)
     edges = torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
     return curve_of_sums(_sums(confidence, correct, torch.bucketize(confidence, inner), n_bins), edges)
-
-
-def check_bins(n_bins: object) -> None:
-    """``n_bins`` is a whole number of bins."""
-    if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1:
-        raise ValueError(f"n_bins must be an int of at least 1, got {n_bins!r}")
 
 
 def bin_sums(input: Tensor, target: Tensor, n_bins: int, from_logits: bool, ignore_index: int) -> Tensor:
@@ -199,10 +194,11 @@ def _sums(confidence: Tensor, correct: Tensor, index: Tensor, n_bins: int) -> Te
 
 def _top_class(input: Tensor, target: Tensor, from_logits: bool, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """Largest class probability (float64), whether its class is the label (float64), which rows count; each (n,)."""
+    _checks.check_flag("from_logits", from_logits)
     target, kept = _rows.labels(input, target, ignore_index)
     input = input.detach()
     if not from_logits:
-        _rows.check_probabilities(input)
+        _rows.check_probabilities(input, kept)
         largest, predicted = input.max(_rows.class_dim(input))
         return largest.double().flatten(), (predicted == target).double().flatten(), kept.flatten()
     total, correct = _rows.by_chunks(_compare_with_top_class, input, target)
@@ -219,10 +215,9 @@ def _compare_with_top_class(logits: Tensor, target: Tensor) -> Tensor:
 
     On a CPU, where argmax is slow, a label that is as large as the top class counts as the top class.
     """
-    largest = logits.amax(1, keepdim=True)
-    total = logits.to(torch.float64, copy=True).sub_(largest).exp_().sum(1)
+    total = _rows.below_top(logits).exp_().sum(1)
     if logits.device.type == "cpu":
-        correct = (logits.gather(1, target.unsqueeze(1)) == largest).squeeze(1)
+        correct = (logits.gather(1, target.unsqueeze(1)) == logits.amax(1, keepdim=True)).squeeze(1)
     else:
         correct = logits.argmax(1) == target
     return torch.stack([total, correct.double()])

@@ -12,6 +12,8 @@ from softlabels.functional import _checks
 from softlabels.metrics import _rows
 from softlabels.ranking import log_odds
 
+ROUNDING = 2.0**-44  # relative error of log-odds: 256 times the rounding step of float64, for sums over many classes
+
 
 def confidence_diversity(
     input: Tensor,
@@ -31,11 +33,11 @@ def confidence_diversity(
     they are below one half and between distances from 1 elsewhere, both from log-odds in float64: the confidences
     of a trained model, which float32 rounds to 1, keep their spread.
 
-    Equal confidences would give $\log 0$. A group of $m > k$ equal values counts as $m$ values that fill the cell
-    around them: its $2 \varepsilon_i$ is the mean of the distances to the next smaller and the next larger
-    confidence (or to the only one there is), and $k$ is replaced by $m$. Where all confidences are equal, the cell is
-    as wide as the rounding step of float64 at 1, and the result is $\log 2^{-52} = -36.04$. So it is never $-\infty$,
-    and no sample is left out.
+    Equal confidences (log-odds that agree to 13 digits) would give $\log 0$. A group of $m > k$ equal values counts as
+    $m$ values that fill the cell around them: its $2 \varepsilon_i$ is the mean of the distances to the next smaller
+    and the next larger confidence (or to the only one there is), and $k$ is replaced by $m$. Where all confidences are
+    equal, the cell is as wide as the rounding step of float64 at 1, and the result is $\log 2^{-52} = -36.04$. So it is
+    never $-\infty$, and no sample is left out.
 
     Args:
         input: Logits (K), (N, K) or (N, K, d1, ...).
@@ -68,7 +70,7 @@ def confidence_diversity(
         *Sample Estimate of the Entropy of a Random Vector*, 1987; Beirlant et al., *Nonparametric Entropy Estimation:
         An Overview*, 1997.
     """
-    check_neighbors(n_neighbors)
+    _checks.check_count("n_neighbors", n_neighbors)
     odds = true_class_log_odds(input, target, from_logits, ignore_index)
     if odds.numel() <= n_neighbors:
         raise ValueError(
@@ -77,19 +79,15 @@ def confidence_diversity(
     return nearest_neighbor_entropy(odds, n_neighbors)
 
 
-def check_neighbors(n_neighbors: object) -> None:
-    """``n_neighbors`` is a whole number of neighbours."""
-    if not isinstance(n_neighbors, int) or isinstance(n_neighbors, bool) or n_neighbors < 1:
-        raise ValueError(f"n_neighbors must be an int of at least 1, got {n_neighbors!r}")
-
-
 def true_class_log_odds(input: Tensor, target: Tensor, from_logits: bool, ignore_index: int) -> Tensor:
     """Log-odds of the true-class probability of the rows that count; (n,) in float64."""
+    _checks.check_flag("from_logits", from_logits)
     target, kept = _rows.labels(input, target, ignore_index)
     if from_logits:
-        odds = _rows.by_chunks(lambda rows, y: log_odds(rows.double(), y, "true_class"), input, target)
+        input = input.detach()
+        odds = _rows.by_chunks(lambda rows, y: log_odds(_rows.below_top(rows), y, "true_class"), input, target)
     else:
-        _rows.check_probabilities(input)
+        _rows.check_probabilities(input, kept)
         dim = _rows.class_dim(input)
         odds = torch.logit(input.detach().gather(dim, target.unsqueeze(dim)).squeeze(dim).double().clamp(0.0, 1.0))
     return odds.flatten() if _checks.peek(kept.all()) else odds[kept]
@@ -101,8 +99,10 @@ def nearest_neighbor_entropy(odds: Tensor, n_neighbors: int) -> Tensor:
         return odds.new_tensor(math.nan)
     # On a CPU, numpy's sort is several times as fast as torch's, which also says where each value was.
     odds = torch.from_numpy(np.sort(odds.numpy())) if odds.device.type == "cpu" else odds.sort().values
-    # Once per distinct value, since vectorised code may round equal numbers at different places differently.
-    distinct, place_of = torch.unique_consecutive(odds, return_inverse=True)
+    # Log-odds that differ by no more than the error of their sum over classes are equal, and get one value.
+    smaller_size = torch.minimum(odds[1:].abs(), odds[:-1].abs()).clamp_(min=1.0)
+    starts = torch.cat([odds.new_ones(1, dtype=torch.bool), odds.diff() > ROUNDING * smaller_size])
+    distinct, place_of = odds[starts], starts.cumsum(0) - 1
     # A value is its probability below one half, minus its distance from 1 above: both keep what 1 - p would round.
     smaller_side = torch.sigmoid(-distinct.abs())
     value = torch.where(distinct > 0, -smaller_side, smaller_side)[place_of]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from softlabels.functional import _checks
-from softlabels.metrics.calibration import NORMS, ReliabilityCurve, bin_sums, check_bins, curve_of_sums
-from softlabels.metrics.diversity import check_neighbors, nearest_neighbor_entropy, true_class_log_odds
+from softlabels.metrics.calibration import NORMS, ReliabilityCurve, bin_sums, curve_of_sums
+from softlabels.metrics.diversity import nearest_neighbor_entropy, true_class_log_odds
 from softlabels.metrics.uncertainty import entropy_sums
 
 
@@ -28,6 +29,15 @@ class _Metric(Metric):
         self.from_logits = from_logits
         self.ignore_index = ignore_index
         self.set_dtype(torch.float64)  # also what a process without data contributes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Follow `.to` to another device but not to another dtype: in bfloat16, a count stops at 256."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device, torch.float64) if tensor.is_floating_point() else moved
+
+        return super()._apply(move, *args, **kwargs)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one value or several.
@@ -99,7 +109,8 @@ class ConfidenceDiversity(_Metric):
 
     The value of [`confidence_diversity`][softlabels.metrics.confidence_diversity] over all batches of all processes.
     Neighbours are found among all samples, so the state is one float64 per sample, 8 MB per million;
-    ``compute_on_cpu=True`` keeps it in main memory.
+    ``compute_on_cpu=True`` keeps it in main memory. (torchmetrics' wrapper ``Running`` does not support metrics that
+    keep samples.)
 
     Args:
         n_neighbors: Which nearest neighbour measures the density, at least 1.
@@ -137,7 +148,7 @@ class ConfidenceDiversity(_Metric):
         self, *, n_neighbors: int = 3, from_logits: bool = True, ignore_index: int = -100, **kwargs: Any
     ) -> None:
         super().__init__(from_logits, ignore_index, **kwargs)
-        check_neighbors(n_neighbors)
+        _checks.check_count("n_neighbors", n_neighbors)
         self.n_neighbors = n_neighbors
         self.add_state("log_odds", [], dist_reduce_fx="cat")
 
@@ -204,7 +215,7 @@ class CalibrationError(_Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(from_logits, ignore_index, **kwargs)
-        check_bins(n_bins)
+        _checks.check_count("n_bins", n_bins)
         _checks.check_choice("norm", norm, NORMS)
         self.n_bins = n_bins
         self.norm = norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softlabels.functional import _checks
 from softlabels.metrics import _rows
 
 
@@ -22,8 +23,9 @@ def predictive_entropy(input: Tensor, *, from_logits: bool = True) -> Tensor:
         from_logits: False says that ``input`` holds class probabilities instead.
 
     Returns:
-        Entropy in [0, log K] of row shape, (), (N) or (N, d1, ...), computed in float64 and rounded to float32, or
-        kept in float64 for float64 ``input``. Differentiable.
+        Entropy in [0, log K] (of probabilities, up to the rounding of their sum) of row shape, (), (N) or
+        (N, d1, ...), computed in float64 and rounded to float32, or kept in float64 for float64 ``input``.
+        Differentiable; with respect to a probability of 0 the derivative is infinite.
 
     Raises:
         NotImplementedError: ``input`` is not of a floating dtype, or on a device without float64.
@@ -39,10 +41,7 @@ def predictive_entropy(input: Tensor, *, from_logits: bool = True) -> Tensor:
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, Eq. 4 (its summand).
     """
     _rows.check_predictions(input)
-    if not from_logits:
-        _rows.check_probabilities(input)
-    entropy = _rows.by_chunks(_entropy if from_logits else _entropy_of_probabilities, input)
-    return entropy.to(torch.promote_types(input.dtype, torch.float32))
+    return _entropies(input, None, from_logits).to(torch.promote_types(input.dtype, torch.float32))
 
 
 def average_predictive_uncertainty(
@@ -81,10 +80,19 @@ def average_predictive_uncertainty(
 def entropy_sums(input: Tensor, target: Tensor | None, from_logits: bool, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Summed entropy of the rows that count, and their number; float64 scalars."""
     kept = None if target is None else _rows.labels(input, target, ignore_index)[1]
-    entropy = predictive_entropy(input, from_logits=from_logits).double()
+    _rows.check_predictions(input)
+    entropy = _entropies(input, kept, from_logits)
     if kept is None:
         return entropy.sum(), torch.full_like(entropy.sum(), entropy.numel())
     return torch.where(kept, entropy, 0.0).sum(), kept.sum(dtype=torch.float64)
+
+
+def _entropies(input: Tensor, kept: Tensor | None, from_logits: bool) -> Tensor:
+    """Entropy of each row in float64; rows that are not kept need not be predictions."""
+    _checks.check_flag("from_logits", from_logits)
+    if not from_logits:
+        _rows.check_probabilities(input, kept)
+    return _rows.by_chunks(_entropy if from_logits else _entropy_of_probabilities, input)
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,37 @@ def test_ties_are_decided_as_argmax_does(dims):
     torch.testing.assert_close(curve.accuracy[0], accuracy)
     curve = metrics.reliability_curve(logits.softmax(1), target, n_bins=1, from_logits=False)
     torch.testing.assert_close(curve.accuracy[0], accuracy)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_ignored_rows_may_hold_anything(name):
+    if name == "predictive_entropy":
+        pytest.skip("has no labels")
+    logits, target = torch.randn(20, 4), torch.randint(4, (20,))
+    padding, labels = torch.full((3, 4), torch.nan), torch.full((3,), -100)
+    padding[1] = 0.0
+    for from_logits, input in ((True, logits), (False, logits.softmax(1))):
+        padded = FUNCTIONS[name](torch.cat([input, padding]), torch.cat([target, labels]), from_logits=from_logits)
+        torch.testing.assert_close(padded, FUNCTIONS[name](input, target, from_logits=from_logits))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_from_logits_is_a_flag(name):
+    with pytest.raises(TypeError, match="from_logits must be True or False, got 'no'"):
+        FUNCTIONS[name](torch.randn(4, 3), torch.zeros(4, dtype=torch.long), from_logits="no")
+
+
+def test_labels_of_any_integer_dtype_and_counts_of_numpy():
+    logits, target = torch.randn(30, 4), torch.randint(4, (30,))
+    value = metrics.calibration_error(logits, target)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert metrics.calibration_error(logits, target.to(dtype)) == value
+    assert metrics.calibration_error(logits, target, n_bins=np.int64(15)) == value
+    assert metrics.confidence_diversity(logits, target, n_neighbors=np.int64(3)).isfinite()
+    with pytest.raises(TypeError, match=r"target must hold class indices of shape \(30,\), got torch.bool"):
+        metrics.calibration_error(logits, target > 1)
+    with pytest.raises(ValueError, match=r"shape \(30,\) for input of shape \(30, 4\), got shape \(30, 1\)"):
+        metrics.calibration_error(logits, target[:, None])
 
 
 def test_requires_grad_is_no_obstacle():

@@ -105,6 +105,24 @@ def test_all_equal():
     assert confidence_diversity(beyond, torch.zeros(4, dtype=torch.long)).item() == pytest.approx(math.log(2.0**-52))
 
 
+def test_equal_up_to_rounding_is_equal():
+    """The order of the wrong classes, and a constant added to a row, change log-odds in the last digits alone."""
+    torch.manual_seed(0)
+    row, first = torch.randn(50), torch.zeros(1000, dtype=torch.long)
+    shuffled = torch.stack([torch.cat([row[:1], row[1:][torch.randperm(49)]]) for _ in range(1000)])
+    assert confidence_diversity(shuffled, first).item() == pytest.approx(math.log(2.0**-52))
+    offsets = torch.tensor([0.0, 1, 2, 3, 4, 64, 128, 1024])
+    shifted = torch.tensor([2.0, 0.0, 0.0]) + offsets[:, None]
+    assert confidence_diversity(shifted, first[:8]).item() == pytest.approx(math.log(2.0**-52))
+    coarse, target = (3 * torch.randn(2000, 3)).round(), torch.zeros(2000, dtype=torch.long)
+    swapped = coarse[:, [0, 2, 1]]
+    assert confidence_diversity(swapped, target) == confidence_diversity(coarse, target)
+    mixed = torch.where(torch.arange(2000)[:, None] % 2 == 0, coarse, swapped)
+    torch.testing.assert_close(
+        confidence_diversity(mixed, target), confidence_diversity(coarse, target), rtol=1e-9, atol=0.0
+    )
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_rounding_to_a_grid_hardly_changes_the_value(k):
     """What bf16 does to confidences: many equal values, whose cells stand for the density."""

@@ -109,10 +109,31 @@ def test_collection_clone_pickle_and_state(tmp_path):
     assert loaded.sums.equal(saved.sums)
 
 
-def test_a_module_in_half_precision_keeps_float64_states():
-    model = torch.nn.ModuleDict({"metric": CalibrationError()}).half().to(torch.bfloat16)
-    model["metric"].update(LOGITS.bfloat16(), TARGET.clamp(max=5))
-    assert model["metric"].compute().dtype == torch.float64
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.half(),
+        lambda m: m.float(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("cpu", torch.float16),
+        lambda m: m.type(torch.float32),
+    ],
+)
+def test_converting_a_model_leaves_its_metrics_in_float64(convert):
+    model = torch.nn.Module()
+    model.metrics = collection()
+    convert(model)
+    for batch in torch.arange(200).split(10):
+        model.metrics.update(LOGITS[batch], TARGET[batch])
+        convert(model)
+    model.metrics.reset()
+    for batch in torch.arange(200).split(10):
+        model.metrics.update(LOGITS[batch], TARGET[batch])
+        convert(model)
+    values = model.metrics.compute()
+    for make, function in PAIRS.values():
+        expected = function(LOGITS, TARGET, ignore_index=255)
+        torch.testing.assert_close(values[make.__name__], expected, rtol=0.0, atol=1e-12)
 
 
 def test_plots():

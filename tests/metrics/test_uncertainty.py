@@ -94,12 +94,12 @@ def test_one_row_and_probabilities():
         (
             lambda: predictive_entropy(torch.tensor([[2.0, -1.0]]), from_logits=False),
             ValueError,
-            "class probabilities that sum to 1, got values from -1 to 2 and sums from 1 to 1",
+            "class probabilities that sum to 1, got a row whose smallest value is -1 and whose sum is 1",
         ),
         (
             lambda: predictive_entropy(torch.tensor([[0.5, 0.2]]), from_logits=False),
             ValueError,
-            "sums from 0.7 to 0.7; logits need from_logits=True",
+            "and whose sum is 0.7; logits need from_logits=True",
         ),
         (
             lambda: average_predictive_uncertainty(torch.zeros(2, 3), torch.tensor([0, 3])),
@@ -109,7 +109,7 @@ def test_one_row_and_probabilities():
         (
             lambda: average_predictive_uncertainty(torch.zeros(2, 3), torch.tensor([0])),
             ValueError,
-            r"target must have batch size 2, shape \(2,\)",
+            r"class indices of shape \(2,\) for input of shape \(2, 3\), got shape \(1,\)",
         ),
         (
             lambda: average_predictive_uncertainty(torch.zeros(2, 3), torch.zeros(2, 3)),
@@ -118,7 +118,7 @@ def test_one_row_and_probabilities():
         ),
         (
             lambda: average_predictive_uncertainty(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long)),
-            RuntimeError,
+            ValueError,
             r"class indices of shape \(2,\) for input of shape \(2, 3\), got shape \(2, 3\)",
         ),
     ],
