@@ -25,7 +25,6 @@ from torch import Tensor
 
 from softlabels.functional import _checks
 from softlabels.metrics import _rows
-from softlabels.ranking import log_odds
 
 __all__ = [
     "beta_concentration",
@@ -280,7 +279,7 @@ def match_temperature(
 
     def excess(log2_temperature: float) -> float:
         """Average soft-label value of the true class, less the wanted one."""
-        scaled = functools.partial(_scaled_log_odds, temperature=2.0**log2_temperature)
+        scaled = functools.partial(_rows.true_class_log_odds, temperature=2.0**log2_temperature)
         average = alpha + (1.0 - alpha) * _rows.by_chunks(scaled, rows, labels).sigmoid().mean().item()
         averages.append(average)
         return average - true_class
@@ -340,7 +339,3 @@ def _root_or_none(excess: Callable[[float], float], tried: list[tuple[float, flo
             if found.fun <= 0.0:
                 return float(brentq(excess, float(found.x), softer, xtol=1e-12))
     return None
-
-
-def _scaled_log_odds(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    return log_odds(_rows.below_top(logits) / temperature, target, "true_class")

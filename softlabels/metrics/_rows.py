@@ -77,6 +77,20 @@ def below_top(logits: Tensor) -> Tensor:
     return logits.to(torch.float64, copy=True).sub_(logits.amax(1, keepdim=True))
 
 
+def true_class_log_odds(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """log(p_y / (1 - p_y)) of softmax(logits / temperature); (n, d) in float64 from (n, K, d) and (n, d).
+
+    Infinite where 1 - p_y is less than the smallest float64.
+    """
+    target = target.unsqueeze(1)
+    scaled = below_top(logits)
+    if temperature != 1.0:
+        scaled /= temperature
+    own = scaled.gather(1, target).squeeze(1)
+    others = scaled.exp_().scatter_(1, target, 0.0).sum(1)
+    return own - others.log_()
+
+
 def class_dim(input: Tensor) -> int:
     """Dimension of the classes: the only one of (K), dimension 1 of (N, K, d1, ...)."""
     return min(input.dim() - 1, 1)

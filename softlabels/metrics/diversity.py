@@ -10,9 +10,8 @@ from torch import Tensor
 
 from softlabels.functional import _checks
 from softlabels.metrics import _rows
-from softlabels.ranking import log_odds
 
-ROUNDING = 2.0**-44  # relative error of log-odds: 256 times the rounding step of float64, for sums over many classes
+ROUNDING = 2.0**-44  # error of log-odds relative to the largest: 256 steps of float64, for sums over many classes
 
 
 def confidence_diversity(
@@ -33,8 +32,8 @@ def confidence_diversity(
     they are below one half and between distances from 1 elsewhere, both from log-odds in float64: the confidences
     of a trained model, which float32 rounds to 1, keep their spread.
 
-    Equal confidences (log-odds that agree to 13 digits) would give $\log 0$. A group of $m > k$ equal values counts as
-    $m$ values that fill the cell around them: its $2 \varepsilon_i$ is the mean of the distances to the next smaller
+    Equal confidences (log-odds that agree to 13 digits of the largest) would give $\log 0$. A group of $m > k$ equal
+    values counts as $m$ values that fill the cell around them: its $2 \varepsilon_i$ is the mean of the distances to the next smaller
     and the next larger confidence (or to the only one there is), and $k$ is replaced by $m$. Where all confidences are
     equal, the cell is as wide as the rounding step of float64 at 1, and the result is $\log 2^{-52} = -36.04$. So it is
     never $-\infty$, and no sample is left out.
@@ -84,8 +83,7 @@ def true_class_log_odds(input: Tensor, target: Tensor, from_logits: bool, ignore
     _checks.check_flag("from_logits", from_logits)
     target, kept = _rows.labels(input, target, ignore_index)
     if from_logits:
-        input = input.detach()
-        odds = _rows.by_chunks(lambda rows, y: log_odds(_rows.below_top(rows), y, "true_class"), input, target)
+        odds = _rows.by_chunks(_rows.true_class_log_odds, input.detach(), target)
     else:
         _rows.check_probabilities(input, kept)
         dim = _rows.class_dim(input)
@@ -100,14 +98,18 @@ def nearest_neighbor_entropy(odds: Tensor, n_neighbors: int) -> Tensor:
     # On a CPU, numpy's sort is several times as fast as torch's, which also says where each value was.
     odds = torch.from_numpy(np.sort(odds.numpy())) if odds.device.type == "cpu" else odds.sort().values
     # Log-odds that differ by no more than the error of their sum over classes are equal, and get one value.
-    smaller_size = torch.minimum(odds[1:].abs(), odds[:-1].abs()).clamp_(min=1.0)
-    starts = torch.cat([odds.new_ones(1, dtype=torch.bool), odds.diff() > ROUNDING * smaller_size])
-    distinct, place_of = odds[starts], starts.cumsum(0) - 1
+    largest = torch.maximum(odds[-1], -odds[0]).clamp(1.0, 1e4)  # beyond 1e4 float64 has no probabilities
+    starts = torch.cat([odds.new_ones(1, dtype=torch.bool), odds.diff() > ROUNDING * largest])
+    first_of = None if starts.all() else starts.nonzero().squeeze(1)
+    distinct = odds if first_of is None else odds[first_of]
     # A value is its probability below one half, minus its distance from 1 above: both keep what 1 - p would round.
-    smaller_side = torch.sigmoid(-distinct.abs())
-    value = torch.where(distinct > 0, -smaller_side, smaller_side)[place_of]
     n, k = odds.numel(), n_neighbors
-    below_half = n - int((odds > 0).sum())
+    below_half = int(torch.searchsorted(distinct, distinct.new_zeros(1), right=True))
+    value = distinct.abs().neg_().sigmoid_()
+    value[below_half:].neg_()
+    if first_of is not None:
+        value = value[starts.cumsum(0) - 1]
+        below_half = int(first_of[below_half]) if below_half < len(first_of) else n
 
     def distances(steps: int) -> Tensor:
         """From each value to that ``steps`` places above; (n - steps,)."""
@@ -128,7 +130,7 @@ def nearest_neighbor_entropy(odds: Tensor, n_neighbors: int) -> Tensor:
     entropy = torch.digamma(radius.new_tensor(float(n)))
     tied = radius == 0
     if not tied.any():
-        return entropy - torch.digamma(radius.new_tensor(float(k))) + (2.0 * radius).log().mean()
+        return entropy - torch.digamma(radius.new_tensor(float(k))) + radius.log().mean() + math.log(2.0)
     cells, sizes = _cells(to_upper[1])
     neighbors = torch.where(tied, sizes, float(k))
     width = torch.where(tied, cells, 2.0 * radius)
