@@ -33,10 +33,10 @@ def confidence_diversity(
     of a trained model, which float32 rounds to 1, keep their spread.
 
     Equal confidences (log-odds that agree to 13 digits of the largest) would give $\log 0$. A group of $m > k$ equal
-    values counts as $m$ values that fill the cell around them: its $2 \varepsilon_i$ is the mean of the distances to the next smaller
-    and the next larger confidence (or to the only one there is), and $k$ is replaced by $m$. Where all confidences are
-    equal, the cell is as wide as the rounding step of float64 at 1, and the result is $\log 2^{-52} = -36.04$. So it is
-    never $-\infty$, and no sample is left out.
+    values counts as $m$ values filling the cell around them: its $2 \varepsilon_i$ is the mean of the distances to the
+    next smaller and the next larger confidence (or to the only one there is), and $k$ is replaced by $m$. Where all
+    confidences are equal, the cell is as wide as the rounding step of float64 at 1, and the result is
+    $\log 2^{-52} = -36.04$. So it is never $-\infty$, and no sample is left out.
 
     Args:
         input: Logits (K), (N, K) or (N, K, d1, ...).
