@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from softlabels.functional import _checks
+from softlabels.functional._rows import check_labels
 
 CHUNK = {"cpu": 2**18, "other": 2**24}  # elements worked on at once: a cache's worth; 128 MiB of float64
 
@@ -35,12 +36,7 @@ def labels(input: Tensor, target: Tensor, ignore_index: int, name: str = "input"
     num_classes = input.shape[class_dim(input)]
     if target.device.type != "cpu":  # out of range fails in a device-side assertion, as in torch
         target.new_empty(num_classes).index_select(0, target.flatten())
-    bad = (target < 0) | (target >= num_classes)
-    if _checks.peek(bad.any()):
-        raise IndexError(
-            f"target must hold class indices in [0, {num_classes}) or ignore_index={ignore_index}, "
-            f"got {target[bad][0].item()}"
-        )
+    check_labels(target, num_classes, f" or ignore_index={ignore_index}")
     return target, kept
 
 
