@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import softlabels
-from benchmarks.speed.timing import Measurement, Run, compare, synchronize
+from benchmarks.speed.timing import Measurement, Run, compare, keep_freed_memory, synchronize
 from softlabels import functional
 
 TITLE = "Losses"
@@ -43,6 +43,8 @@ def describe(options: argparse.Namespace) -> str:
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
     """Every loss at every shape: label smoothing and its kin, then distillation."""
+    if options.malloc == "keep":
+        keep_freed_memory()
     dtype = getattr(torch, options.dtype)
     results = {}
     for shape in options.shapes:
