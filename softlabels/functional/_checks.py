@@ -188,3 +188,14 @@ def peek(condition: Tensor) -> bool | None:
         return bool(condition)
     except RuntimeError:  # vmap and fake tensors have no value to read
         return None
+
+
+def peek_range(values: Tensor) -> tuple[int, int] | None:
+    """The least and the greatest of whole numbers, where that can be read for nothing; None also where there are none."""
+    if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
+        return None
+    try:
+        low, high = values.aminmax()
+        return int(low), int(high)
+    except RuntimeError:  # vmap and fake tensors have no value to read
+        return None

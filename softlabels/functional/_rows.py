@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +39,7 @@ class Rows(NamedTuple):
     def teacher_argument(self, teacher_logits: Tensor) -> Tensor:
         """Check the caller's teacher logits and bring them to (N, K, d1, ...) without their graph."""
         _checks.check_teacher_logits(teacher_logits, self._callers_logits)
-        teacher_logits = teacher_logits.detach().to(kernels.working_dtype(self.logits))
-        teacher_logits = teacher_logits.unsqueeze(0) if self.single else teacher_logits
-        if self.kept is not None:  # whatever a teacher says of ignored rows, be it nan
-            teacher_logits = teacher_logits.masked_fill(~self.kept.unsqueeze(1), 0.0)
-        return teacher_logits
+        return teacher_logits.detach().unsqueeze(0) if self.single else teacher_logits.detach()
 
     @property
     def _callers_logits(self) -> Tensor:
@@ -69,7 +64,7 @@ def prepare(
         weight: Class weights (K,), or None.
         sample_weight: One weight per row, or None.
         ignore_index: Label of the rows that count for nothing.
-        reduction: Checked here, applied by [`reduce`][].
+        reduction: Checked here, applied by [`factor`][].
         counts: Whether whole-number targets of the shape of ``input`` are label counts (otherwise an error).
     """
     _checks.check_reduction(reduction)
@@ -92,10 +87,7 @@ def prepare(
     if target.shape == input.shape:
         target = target.to(dtype)
     else:
-        target = target.reshape(row_shape).long()
-        ignored = target == ignore_index
-        target = target.masked_fill(ignored, 0)
-        kept = ~ignored
+        target, kept = _labels(target.reshape(row_shape).long(), num_classes, ignore_index)
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
         kept = None if kept is None else kept.unsqueeze(0)
@@ -106,18 +98,21 @@ def prepare(
     return rows
 
 
-def run(kernel: Callable[..., Tensor], rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
-    """Apply a row kernel; a label that no class has is reported as an IndexError that names it.
+def _labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """Class indices with ignored ones replaced by 0, and which rows are kept: None where that is known to be all.
 
-    On the CPU the kernels' gather fails on such a label, and the reason is looked for only then; on an accelerator
-    the gather is a device-side assertion, as in torch.
+    A label that no class has is an IndexError where labels can be read for nothing; on an accelerator the kernels'
+    gather is a device-side assertion, as in torch.
     """
-    try:
-        return kernel(rows.logits, rows.target, *args, class_weight=rows.class_weight, **kwargs)
-    except RuntimeError:
-        if not rows.target.is_floating_point():
-            check_labels(rows.target, rows.num_classes, " or ignore_index")
-        raise
+    ends = _checks.peek_range(target)
+    kept = None
+    if ends is None or ends[0] <= ignore_index <= ends[1]:
+        kept = target != ignore_index
+        target = target.masked_fill(~kept, 0)
+        ends = ends and _checks.peek_range(target)
+    if ends is not None and (ends[0] < 0 or ends[1] >= num_classes):
+        check_labels(target, num_classes, " or ignore_index")
+    return target, kept
 
 
 def check_labels(target: Tensor, num_classes: int, alternative: str = "") -> None:
@@ -129,36 +124,28 @@ def check_labels(target: Tensor, num_classes: int, alternative: str = "") -> Non
         ) from None
 
 
-def reduce(losses: Tensor, rows: Rows, reduction: str) -> Tensor:
-    """Weight the rows and reduce them as nn.CrossEntropyLoss does, except that nothing to learn from gives 0.
+def factor(rows: Rows, reduction: str) -> kernels.Coefficient:
+    """What the log-likelihood of each row is multiplied by to become its part of the result: minus its weight.
 
-    ``"mean"`` divides by the summed sample weight times, for class indices, the class weight of the label.
+    ``"mean"`` divides by the summed sample weight times, for class indices, the class weight of the label, as
+    nn.CrossEntropyLoss does, except that nothing to learn from gives 0.
     """
-    if rows.sample_weight is not None:
-        impossible = losses.isinf() & (rows.sample_weight == 0)  # 0 * inf is 0 here
-        losses = losses.masked_fill(impossible, 0.0) * rows.sample_weight
+    weight = rows.sample_weight
     if rows.kept is not None:
-        losses = torch.where(rows.kept, losses, 0.0)
-    if reduction == "none":
-        return losses.squeeze(0) if rows.single else losses
-    total = losses.sum()
-    if reduction == "sum":
-        return total
-    if rows.kept is None and rows.sample_weight is None:
-        return total / max(losses.numel(), 1)
-    divisor = _row_weights(rows).sum()
-    return torch.where(divisor == 0, 0.0, total / torch.where(divisor == 0, 1.0, divisor))
-
-
-def _row_weights(rows: Rows) -> Tensor:
-    """What each row counts in the mean, row-shaped, in the working dtype."""
-    weights = rows.sample_weight
-    if rows.kept is None:
-        assert weights is not None
-        return weights
-    if rows.class_weight is not None:
+        kept = rows.kept.to(kernels.working_dtype(rows.logits))
+        weight = kept if weight is None else torch.where(rows.kept, weight, 0.0)
+    if reduction != "mean":
+        return -1.0 if weight is None else -weight
+    of_label = None
+    if rows.class_weight is not None and not rows.target.is_floating_point():
         of_label = rows.class_weight[rows.target]
-        weights = of_label if weights is None else weights * of_label
-    if weights is None:
-        return rows.kept.to(kernels.working_dtype(rows.logits))
-    return torch.where(rows.kept, weights, 0.0)
+    if weight is None and of_label is None:
+        return -1.0 / max(rows.shape.numel(), 1)
+    divisor = torch.as_tensor(kernels.times(1.0 if weight is None else weight, 1.0 if of_label is None else of_label)).sum()
+    share = torch.where(divisor == 0, 0.0, -1.0 / torch.where(divisor == 0, 1.0, divisor))
+    return share.expand(rows.shape) if weight is None else share * weight
+
+
+def finish(result: Tensor, rows: Rows, reduction: str) -> Tensor:
+    """The result of a row kernel in the caller's shape."""
+    return result.squeeze(0) if rows.single and reduction == "none" else result

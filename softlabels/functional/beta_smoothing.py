@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import Rows, prepare, reduce, run
+from softlabels.functional._beta_draws import beta_draws, two_levels
+from softlabels.functional._rows import factor, finish, prepare
 from softlabels.functional._targets import label_probabilities
 
 
@@ -108,7 +107,11 @@ def ranked_beta_smoothing_loss(
     _checks.check_positive("concentration", concentration, infinite=True)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
     draws = beta_draws(rows, confidence, concentration, generator, joint=joint)
-    return reduce(run(kernels.two_level, rows, *two_levels(draws, alpha, rows.num_classes)), rows, reduction)
+    hard, uniform = two_levels(draws, alpha, rows, factor(rows, reduction))
+    result = kernels.two_level(
+        rows.logits, rows.target, hard, uniform, rows.class_weight, reduce=reduction != "none"
+    )
+    return finish(result, rows, reduction)
 
 
 def beta_smoothing_targets(
@@ -153,88 +156,6 @@ def beta_smoothing_targets(
     probabilities = label_probabilities(target, num_classes)
     rows = prepare(probabilities, probabilities, None, None, -100, "none")
     draws = beta_draws(rows, confidence, concentration, generator)
-    on, off = (level.unsqueeze(1) for level in two_levels(draws, alpha, num_classes))
-    soft = off + (on - off) * rows.target
+    hard, uniform = (level.unsqueeze(1) for level in two_levels(draws, alpha, rows))
+    soft = uniform + hard * rows.target
     return soft.squeeze(0) if rows.single else soft
-
-
-def two_levels(draws: Tensor, alpha: float, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Soft-label values of the true class and of every other class (sec. 6 in Eq. 3)."""
-    if num_classes == 1:
-        return torch.ones_like(draws), torch.zeros_like(draws)
-    return alpha + (1 - alpha) * draws, (1 - alpha) * (1 - draws) / (num_classes - 1)
-
-
-def beta_draws(
-    rows: Rows,
-    confidence: Tensor | None,
-    concentration: float,
-    generator: torch.Generator | None,
-    *,
-    joint: bool = False,
-) -> Tensor:
-    """One Beta(concentration, 1) draw per row, in the order of the confidence; row-shaped, working dtype.
-
-    A Beta(a, 1) draw is U ** (1 / a), so it is enough to order uniforms; float64 keeps their partial sums ascending.
-    """
-    device = rows.logits.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    if confidence is None:
-        uniform = _rand(rows.shape, dtype, device, generator)
-    else:
-        score = rows.row_argument("confidence", confidence).detach()
-        if not score.is_floating_point():
-            score = score.to(dtype)
-        limit = torch.finfo(score.dtype).max
-        score = score.nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
-        if rows.kept is not None:
-            score = score.masked_fill(~rows.kept, torch.inf)  # behind all kept rows
-        draw = _joint_uniforms if joint else _ordered_uniforms
-        uniform = draw(score.flatten(), dtype, generator).view(rows.shape)
-    return (uniform ** (1.0 / concentration)).to(kernels.working_dtype(rows.logits))
-
-
-def _rand(shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    if generator is None:  # torch.compile cannot trace the keyword with a varying number of rows, even where it is None
-        return torch.rand(shape, dtype=dtype, device=device)
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break(
-            "softlabels: a generator cannot be traced; leave generator=None, or allow graph breaks (fullgraph=False)"
-        )
-    return torch.rand(shape, dtype=dtype, device=device, generator=generator)
-
-
-def _ordered_uniforms(score: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Independent uniforms handed out in ascending order of the score; rows of infinite score are not drawn for."""
-    return _hand_out(score, _rand((score.numel() + 1,), dtype, score.device, generator))
-
-
-def _hand_out(score: Tensor, source: Tensor) -> Tensor:
-    """Turn n + 1 uniforms into the order statistics of one uniform per row of finite score, in the order of the scores.
-
-    Nothing is sorted but the scores: the partial sums of m + 1 exponentials over their total are m ascending
-    uniforms. The total is read at position m, so that nothing waits for the value of m.
-    """
-    order = score.argsort(stable=True)
-    sums = (-torch.log1p(-source)).cumsum(0)
-    count = (score < torch.inf).sum()
-    ascending = (sums[:-1] / sums.gather(0, count.view(1))).clamp(max=1.0)
-    return torch.zeros_like(ascending).scatter(0, order, ascending)
-
-
-def _joint_uniforms(score: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """As `_ordered_uniforms` over the rows of all processes of the default group; uneven row counts are padded."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return _ordered_uniforms(score, dtype, generator)
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    largest = torch.tensor(score.numel(), device=score.device)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    length = int(largest)
-    score = score.to(dtype)  # processes may have been given confidences of different dtypes
-    padded = score.new_full((length,), torch.inf)
-    padded[: score.numel()] = score
-    gathered = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(gathered, padded)
-    source = _rand((world * length + 1,), dtype, score.device, generator)
-    torch.distributed.broadcast(source, 0)
-    return _hand_out(torch.cat(gathered), source)[rank * length :][: score.numel()]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import prepare, reduce, run
+from softlabels.functional._rows import factor, finish, prepare
 
 
 def confidence_penalty_loss(
@@ -61,4 +61,12 @@ def confidence_penalty_loss(
     """
     _checks.check_non_negative("beta", beta)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
-    return reduce(run(kernels.confidence_penalty, rows, beta), rows, reduction)
+    result = kernels.confidence_penalty(
+        rows.logits,
+        rows.target,
+        beta,
+        rows.class_weight,
+        weight=factor(rows, reduction),
+        reduce=reduction != "none",
+    )
+    return finish(result, rows, reduction)

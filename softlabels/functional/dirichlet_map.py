@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import Rows, prepare, reduce, run
+from softlabels.functional._rows import Rows, factor, finish, prepare
 from softlabels.functional._targets import label_probabilities
 
 SAMPLE_WEIGHTINGS = ("normalized", "exact", "none")
@@ -93,16 +93,20 @@ def dirichlet_map_loss(
     _check_options(beta, temperature, gamma, sample_weighting)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction, counts=True)
     teacher_logits = rows.teacher_argument(teacher_logits)
-    losses = run(
-        kernels.teacher,
-        rows,
+    weight = factor(rows, reduction)
+    result = kernels.teacher(
+        rows.logits,
+        rows.target,
         teacher_logits,
-        1.0,
+        weight,
         _soft_weight(rows, teacher_logits, beta, temperature, sample_weighting),
-        shift=gamma - 1.0,
+        rows.class_weight,
+        shift=float(gamma - 1.0),
+        weight=weight,
         temperature=temperature,
+        reduce=reduction != "none",
     )
-    return reduce(losses, rows, reduction)
+    return finish(result, rows, reduction)
 
 
 def dirichlet_map_targets(
@@ -153,7 +157,7 @@ def dirichlet_map_targets(
     num_classes = teacher_logits.shape[0 if teacher_logits.dim() == 1 else 1]
     rows = prepare(teacher_logits, label_probabilities(target, num_classes), None, None, -100, "none")
     teacher_logits = rows.teacher_argument(teacher_logits)
-    prior = kernels.teacher_probabilities(teacher_logits, temperature, None)
+    prior = kernels.teacher_probabilities(teacher_logits, temperature, None, rows.target.dtype)
     soft = _soft_weight(rows, teacher_logits, beta, temperature, sample_weighting)
     strength = soft.unsqueeze(1) if isinstance(soft, Tensor) else soft
     mass = rows.target + (strength * prior + (gamma - 1.0)).clamp_min(0.0)
@@ -175,7 +179,7 @@ def _soft_weight(
     """beta * s_i of Eq. 9, row-shaped."""
     if sample_weighting == "none" or beta == 0:
         return beta
-    scaled = teacher_logits / temperature
+    scaled = teacher_logits.to(kernels.working_dtype(rows.logits)) / temperature
     if sample_weighting == "exact":
         return beta * _bounded_exp(scaled.logsumexp(1), rows)
     possible = scaled > -torch.inf

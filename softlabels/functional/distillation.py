@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import prepare, reduce, run
+from softlabels.functional._rows import Rows, factor, finish, prepare
 from softlabels.functional._targets import label_probabilities
 
 
@@ -69,17 +70,13 @@ def self_distillation_loss(
     _checks.check_fraction("alpha", alpha)
     _checks.check_positive("temperature", temperature)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
-    student_temperature = temperature if scale_student else 1.0
-    losses = run(
-        kernels.teacher,
-        rows,
-        rows.teacher_argument(teacher_logits),
-        alpha,
-        (1 - alpha) * student_temperature**2,
-        temperature=temperature,
-        student_temperature=student_temperature,
-    )
-    return reduce(losses, rows, reduction)
+    teacher_logits = rows.teacher_argument(teacher_logits)
+    if not scale_student:
+        return _mixture(rows, rows.logits, teacher_logits, alpha, 1 - alpha, reduction, temperature=temperature)
+    hard = _mixture(rows, rows.logits, teacher_logits, alpha, 0.0, reduction)
+    scaled = rows.logits.to(kernels.working_dtype(rows.logits)) / temperature
+    soft = (1 - alpha) * temperature**2
+    return hard + _mixture(rows, scaled, teacher_logits, 0.0, soft, reduction, temperature=temperature)
 
 
 def pruned_distillation_loss(
@@ -137,16 +134,29 @@ def pruned_distillation_loss(
     _checks.check_fraction("alpha", alpha)
     _checks.check_positive("temperature", temperature)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
-    losses = run(
-        kernels.teacher,
-        rows,
-        rows.teacher_argument(teacher_logits),
-        alpha,
-        1 - alpha,
-        temperature=temperature,
-        keep=kept_classes(prune, rows.num_classes),
+    keep = kept_classes(prune, rows.num_classes)
+    teacher_logits = rows.teacher_argument(teacher_logits)
+    return _mixture(
+        rows, rows.logits, teacher_logits, alpha, 1 - alpha, reduction, temperature=temperature, keep=keep
     )
-    return reduce(losses, rows, reduction)
+
+
+def _mixture(
+    rows: Rows, logits: Tensor, teacher_logits: Tensor, hard: float, soft: float, reduction: str, **options: Any
+) -> Tensor:
+    """Cross-entropy against ``hard`` times the label plus ``soft`` times the teacher's softmax."""
+    weight = factor(rows, reduction)
+    result = kernels.teacher(
+        logits,
+        rows.target,
+        teacher_logits,
+        kernels.times(weight, hard),
+        kernels.times(weight, soft),
+        rows.class_weight,
+        reduce=reduction != "none",
+        **options,
+    )
+    return finish(result, rows, reduction)
 
 
 def kept_classes(prune: float, num_classes: int) -> int:
@@ -196,6 +206,6 @@ def distillation_targets(
     num_classes = teacher_logits.shape[class_dim]
     rows = prepare(teacher_logits, label_probabilities(target, num_classes), None, None, -100, "none")
     keep = kept_classes(prune, num_classes)
-    prior = kernels.teacher_probabilities(rows.teacher_argument(teacher_logits), temperature, keep)
+    prior = kernels.teacher_probabilities(rows.teacher_argument(teacher_logits), temperature, keep, rows.target.dtype)
     soft = alpha * rows.target + (1 - alpha) * prior
     return soft.squeeze(0) if rows.single else soft

@@ -1,86 +1,112 @@
-"""Row kernels: cross-entropy per row against the two shapes of soft label that this library needs.
+"""Row kernels: the log-likelihood of each row's soft label, for the two shapes of soft label that this library needs.
 
 Logits are (N, K) or (N, K, d1, ...), classes always in dimension 1; a *row* is one classification, so row-shaped
 tensors are (N,) or (N, d1, ...). Targets are class indices (row-shaped int64, all in [0, K)) or class probabilities
-(shaped like the logits, in the working dtype). Results are row-shaped, in the working dtype: float64 for float64
-logits, float32 for all others. Ignored rows, row weights and reductions are the caller's business.
+(shaped like the logits, in the working dtype). Coefficients are numbers or row-shaped tensors in the working dtype. Where
+one is 0, what it multiplies counts for nothing, be it infinite or nan.
+
+Results are row-shaped, or with ``reduce`` their sum, in the working dtype: float64 for float64 logits, float32 for all
+others. A loss comes of negative coefficients. Which rows count, and how much, is said by the coefficients too.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import Tensor
 
-from softlabels.kernels import eager
+from softlabels.kernels import automatic, compiled, eager, formula, fused
 from softlabels.kernels.backend import backend, get_backend, set_backend
-from softlabels.kernels.eager import teacher_probabilities, working_dtype
+from softlabels.kernels.fused import is_plain
+from softlabels.kernels.soft_label import (
+    Coefficient,
+    SoftLabel,
+    Teacher,
+    TwoLevel,
+    teacher_probabilities,
+    times,
+    working_dtype,
+)
 
 __all__ = [
+    "Coefficient",
     "backend",
     "confidence_penalty",
     "get_backend",
+    "is_plain",
     "set_backend",
     "teacher",
     "teacher_probabilities",
+    "times",
     "two_level",
     "working_dtype",
 ]
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"auto": eager, "eager": eager}
+
+_BACKENDS: dict[str, fused.ClosedForm] = {"auto": automatic, "eager": eager, "compile": compiled}
 
 
 def two_level(
     logits: Tensor,
     target: Tensor,
-    on: float | Tensor,
-    off: float | Tensor,
+    hard: Coefficient,
+    uniform: Coefficient,
     class_weight: Tensor | None = None,
+    *,
+    reduce: bool = False,
 ) -> Tensor:
-    """Cross-entropy against ``on`` on the true class and ``off`` on every other class.
-
-    loss = -[(on - off) sum_c w_c y_c log p_c + off sum_c w_c log p_c], so the N x K soft label is never built.
-    ``on`` and ``off`` are numbers or row-shaped tensors; a term whose coefficient is 0 is 0 even where log p is -inf.
-    """
-    loss: Tensor = _IMPLEMENTATIONS[get_backend()].two_level(logits, target, on, off, class_weight)
-    return loss
+    """sum_c w_c (hard y_c + uniform) log p_c."""
+    return _log_likelihood(TwoLevel(target, hard, class_weight, uniform), logits, reduce)
 
 
 def teacher(
     logits: Tensor,
     target: Tensor,
     teacher_logits: Tensor,
-    hard: float | Tensor,
-    soft: float | Tensor,
+    hard: Coefficient,
+    soft: Coefficient,
+    class_weight: Tensor | None = None,
     *,
     shift: float = 0.0,
+    weight: Coefficient = 1.0,
     temperature: float = 1.0,
-    student_temperature: float = 1.0,
     keep: int | None = None,
-    class_weight: Tensor | None = None,
+    reduce: bool = False,
 ) -> Tensor:
-    """Cross-entropy against ``hard`` times the label plus ``soft`` times the teacher's softmax.
+    """sum_c w_c (hard y_c + weight max(soft q_c + shift, 0)) log p_c.
 
-    loss = -[hard sum_c w_c y_c log p_c + sum_c w_c max(soft q_c + shift, 0) log p_c] with
-    q = softmax(teacher_logits / temperature) over the ``keep`` surest classes of the row. In the second sum p is
-    softmax(logits / student_temperature). ``hard`` and ``soft`` are numbers or row-shaped tensors.
+    q is softmax(teacher_logits / temperature) over the ``keep`` surest classes of the row. ``soft`` may be negative only
+    where ``shift`` is 0.
     """
-    loss: Tensor = _IMPLEMENTATIONS[get_backend()].teacher(
-        logits,
+    label = Teacher(
         target,
-        teacher_logits,
         hard,
+        class_weight,
+        teacher_logits.detach(),
         soft,
-        shift=shift,
-        temperature=temperature,
-        student_temperature=student_temperature,
-        keep=keep,
-        class_weight=class_weight,
+        shift,
+        weight,
+        temperature,
+        keep,
+        working_dtype(logits),
     )
-    return loss
+    return _log_likelihood(label, logits, reduce)
 
 
-def confidence_penalty(logits: Tensor, target: Tensor, beta: float, class_weight: Tensor | None = None) -> Tensor:
-    """w (-log p_y + beta sum_c p_c log p_c) per row, w the class weight of the row's label."""
-    loss: Tensor = _IMPLEMENTATIONS[get_backend()].confidence_penalty(logits, target, beta, class_weight)
-    return loss
+def confidence_penalty(
+    logits: Tensor,
+    target: Tensor,
+    beta: float,
+    class_weight: Tensor | None = None,
+    *,
+    weight: Coefficient = 1.0,
+    reduce: bool = False,
+) -> Tensor:
+    """weight w (log p_y - beta sum_c p_c log p_c), w the class weight of the row's label."""
+    rows = formula.confidence_penalty(logits, target, beta, class_weight, weight)
+    return rows.sum() if reduce else rows
+
+
+def _log_likelihood(label: SoftLabel, logits: Tensor, reduce: bool) -> Tensor:
+    if fused.applicable(label, logits):
+        return fused.log_likelihood(label, logits, _BACKENDS[get_backend()], reduce)
+    rows = formula.log_likelihood(label, logits)
+    return rows.sum() if reduce else rows

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BACKENDS = ("auto", "eager")
+BACKENDS = ("auto", "eager", "compile")
 
 
 def _checked(name: str, source: str) -> str:
@@ -33,12 +33,19 @@ def set_backend(name: str) -> None:
     """Choose the implementation of the row kernels for the whole process.
 
     Args:
-        name: ``"eager"`` runs plain PyTorch operations; ``"auto"`` (the default) picks the fastest backend that
-            this version has for the device, which today is ``"eager"`` everywhere. The environment variable
-            ``SOFTLABELS_BACKEND`` sets the same choice before the program starts.
+        name: ``"eager"`` runs plain PyTorch operations. ``"compile"`` runs graphs made by torch.compile, which needs a
+            C++ compiler for a CPU and Triton for a GPU; the first call with each number of classes, dtype and set of
+            options takes seconds. ``"auto"`` (the default) compiles on a GPU and not on a CPU, and where
+            compiling fails warns once and goes on uncompiled. The environment variable ``SOFTLABELS_BACKEND`` sets the
+            same choice before the program starts.
+
+    Inside a torch.compile region of your own, under vmap and the other transforms of torch.func, for
+    ``create_graph=True``, and where a gradient to anything but the logits is asked for, all backends run the same plain
+    formula.
 
     Raises:
         ValueError: ``name`` is not a backend.
+        RuntimeError: later, at the first call of a loss, if ``"compile"`` was asked for and cannot work here.
 
     Example:
         >>> import softlabels

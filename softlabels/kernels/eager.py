@@ -1,138 +1,114 @@
-"""The row kernels in plain PyTorch: differentiable twice, traceable, and the reference for faster backends."""
+"""The row kernels' values and gradients in closed form, without a graph, in plain PyTorch.
+
+d/dx_c sum_j t_j log p_j = t_c - p_c sum_j t_j. On a CPU the work is done for as many rows at a time as stay in its cache,
+so that memory sees the logits read once and the gradient written once, and holds nothing else of their size.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from softlabels.kernels import formula
+from softlabels.kernels.soft_label import Coefficient, SoftLabel, column, is_number, product, working_dtype
 
-def working_dtype(logits: Tensor) -> torch.dtype:
-    """float64 logits are worked on in float64, all others in float32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities over dimension 1 in the working dtype."""
-    if temperature != 1.0:
-        logits = logits.to(working_dtype(logits)) / temperature
-    return torch.log_softmax(logits, 1, dtype=working_dtype(logits))
+BLOCK = 2**20  # elements of the rows that are worked on together: 4 MiB in float32, and two temporaries of that size
+SMALL = 2**16  # a tensor of so few elements is done faster by few operations than by fast ones
 
 
-def weighted_sum(weights: Tensor, log_p: Tensor) -> Tensor:
-    """sum_c weights_c log p_c over dimension 1, where 0 * log 0 is 0."""
-    impossible = (weights == 0) & (log_p == -torch.inf)
-    return (weights * log_p.masked_fill(impossible, 0.0)).sum(1)
+def values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """sum_c t_c log p_c per row, and nothing that would help to find the gradient."""
+    parts = [_values(label.rows(rows), logits[rows]) for rows in _blocks(logits)]
+    return torch.cat(parts) if parts else _values(label, logits), ()
 
 
-def _scaled(coefficient: float | Tensor, value: Tensor) -> Tensor:
-    """coefficient * value per row, where 0 * -inf is 0."""
-    if isinstance(coefficient, Tensor):
-        return torch.where(coefficient == 0, 0.0, coefficient * value)
-    return coefficient * value if coefficient else torch.zeros_like(value)
+def total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the values of all rows and its gradient, in the dtype of the logits."""
+    blocks = list(_blocks(logits)) if logits.numel() > BLOCK else None
+    if not blocks:
+        return _block(label, logits, None)
+    gradient = torch.empty_like(logits)
+    totals = [_block(label.rows(rows), logits[rows], gradient[rows])[0] for rows in blocks]
+    return torch.stack(totals).sum(), gradient
 
 
-def _per_class(class_weight: Tensor, like: Tensor) -> Tensor:
-    """(K,) class weights shaped to broadcast over (N, K, d1, ...)."""
-    return class_weight.view(1, -1, *[1] * (like.dim() - 2))
+def gradient(label: SoftLabel, logits: Tensor, incoming: Tensor, known: tuple[Tensor, ...]) -> Tensor:
+    """The gradient of the sum of the values, each times ``incoming``, in the dtype of the logits."""
+    return total_and_gradient(label.scaled(incoming), logits)[1]
 
 
-def label_term(log_p: Tensor, target: Tensor, class_weight: Tensor | None) -> Tensor:
-    """sum_c w_c y_c log p_c per row, for class indices or class probabilities y."""
-    if target.is_floating_point():
-        if class_weight is not None:
-            target = target * _per_class(class_weight, target)
-        return weighted_sum(target, log_p)
-    log_p_true = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
-    if class_weight is None:
-        return log_p_true
-    return _scaled(class_weight[target], log_p_true)
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Rows to work on in turn; none where all are done at once: few of them, or not on a CPU."""
+    count = logits.shape[0]
+    if logits.device.type == "cpu" and logits.numel() > BLOCK and count > 1:
+        block = max(BLOCK * count // logits.numel(), 1)
+        yield from (slice(start, start + block) for start in range(0, count, block))
 
 
-def label_weight(target: Tensor, class_weight: Tensor) -> Tensor:
-    """sum_c w_c y_c per row: the class weight of the row's label."""
-    if target.is_floating_point():
-        return (target * _per_class(class_weight, target)).sum(1)
-    return class_weight[target]
+def _values(label: SoftLabel, logits: Tensor) -> Tensor:
+    if logits.device.type == "cpu":
+        result = formula.log_likelihood(label, logits, careful=False)
+        if not math.isnan(result.sum().item()):
+            return result
+    return formula.log_likelihood(label, logits, careful=True)
 
 
-def two_level(
-    logits: Tensor,
-    target: Tensor,
-    on: float | Tensor,
-    off: float | Tensor,
-    class_weight: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy against ``on`` on the true class and ``off`` on every other, without building the target.
-
-    See `softlabels.kernels.two_level`.
-    """
-    log_p = log_softmax(logits)
-    loss = -_scaled(on - off, label_term(log_p, target, class_weight))
-    if not isinstance(off, Tensor) and off == 0:
-        return loss
-    uniform = log_p.sum(1) if class_weight is None else weighted_sum(_per_class(class_weight, log_p), log_p)
-    spread = _scaled(off, uniform)
-    loss = loss - spread
-    # An impossible class of which the label has less than its share (on < off): inf - inf, though all terms are inf.
-    return torch.where(loss.isnan() & (spread == -torch.inf), torch.inf, loss)
+def _block(label: SoftLabel, logits: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    few_operations = logits.numel() <= SMALL or logits.device.type != "cpu"
+    work = _by_few_operations if few_operations else _by_fast_operations
+    if logits.device.type == "cpu":
+        total, gradient = work(label, logits, out, careful=False)
+        if not math.isnan(total.item()):
+            return total, gradient
+    return work(label, logits, out, careful=True)
 
 
-def keep_surest(teacher_logits: Tensor, keep: int) -> Tensor:
-    """Mask of the ``keep`` largest logits of each row; among equal ones the lower class index is kept."""
-    threshold = teacher_logits.topk(keep, dim=1).values[:, -1:]
-    above = teacher_logits > threshold
-    level = teacher_logits == threshold
-    room = keep - above.sum(1, keepdim=True)
-    return above | (level & (level.cumsum(1) <= room))
+def _by_few_operations(label: SoftLabel, logits: Tensor, out: Tensor | None, careful: bool) -> tuple[Tensor, Tensor]:
+    dtype = working_dtype(logits)
+    log_p = torch.log_softmax(logits, 1, dtype=dtype)
+    soft = _dense(label, log_p, careful)
+    gradient = torch._log_softmax_backward_data(soft, log_p, 1, dtype)
+    return product(soft, log_p, careful).sum(), _written(gradient, logits, out)
 
 
-def teacher_probabilities(teacher_logits: Tensor, temperature: float, keep: int | None) -> Tensor:
-    """softmax(teacher_logits / temperature) over the ``keep`` surest classes of each row (None: over all)."""
-    if keep is not None and keep < teacher_logits.shape[1]:
-        teacher_logits = teacher_logits.masked_fill(~keep_surest(teacher_logits, keep), -torch.inf)
-    return log_softmax(teacher_logits, temperature).exp()
+def _by_fast_operations(label: SoftLabel, logits: Tensor, out: Tensor | None, careful: bool) -> tuple[Tensor, Tensor]:
+    """One softmax is the only slow pass: log p_c = x_c - max x + log max p, and a uniform rest is not spread out."""
+    dtype = working_dtype(logits)
+    shifted = torch.sub(logits.to(dtype), logits.amax(1, keepdim=True))
+    p = torch.softmax(shifted, 1)
+    log_p_max = p.amax(1).log_()
+    value, mass, rest, of_index = formula.parts(label, shifted, careful)
+    total = value.sum() + product(mass, log_p_max, careful).sum()
+    p.mul_(-column(mass))
+    if not is_number(rest, 0.0):
+        p.add_(rest)
+    if not is_number(of_index, 0.0):
+        _add_at_label(p, label.target, of_index)
+    return total, _written(p, logits, out)
 
 
-def teacher(
-    logits: Tensor,
-    target: Tensor,
-    teacher_logits: Tensor,
-    hard: float | Tensor,
-    soft: float | Tensor,
-    *,
-    shift: float = 0.0,
-    temperature: float = 1.0,
-    student_temperature: float = 1.0,
-    keep: int | None = None,
-    class_weight: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy against a mixture of the label and a teacher's softmax.
-
-    See `softlabels.kernels.teacher`.
-    """
-    log_p = log_softmax(logits)
-    prior = teacher_probabilities(teacher_logits, temperature, keep)
-    if shift != 0.0:
-        strength = soft.unsqueeze(1) if isinstance(soft, Tensor) else soft
-        prior, soft = (strength * prior + shift).clamp_min(0.0), 1.0
-    if class_weight is not None:
-        prior = prior * _per_class(class_weight, prior)
-    loss = -_scaled(hard, label_term(log_p, target, class_weight))
-    if student_temperature != 1.0:
-        log_p = log_softmax(logits, student_temperature)
-    return loss - _scaled(soft, weighted_sum(prior, log_p))
+def _dense(label: SoftLabel, like: Tensor, careful: bool) -> Tensor:
+    """The soft label of every class."""
+    rest, of_index = label.rest(careful), label.of_index
+    if not isinstance(rest, Tensor):
+        soft = torch.full_like(like, rest)
+    elif rest.shape == like.shape and like.shape[1] > 1:
+        soft = rest  # made for us, or class probabilities, which are not written to below
+    else:
+        soft = torch.empty_like(like).copy_(rest)
+    if is_number(of_index, 0.0):
+        return soft
+    return _add_at_label(soft, label.target, of_index)
 
 
-def confidence_penalty(logits: Tensor, target: Tensor, beta: float, class_weight: Tensor | None = None) -> Tensor:
-    """Cross-entropy less ``beta`` times the entropy of the prediction.
+def _add_at_label(to: Tensor, target: Tensor, amount: Coefficient) -> Tensor:
+    index = target.unsqueeze(1)
+    share = amount if isinstance(amount, Tensor) else to.new_full((), amount)
+    return to.scatter_add_(1, index, (share.unsqueeze(1) if share.dim() else share).expand(index.shape))
 
-    See `softlabels.kernels.confidence_penalty`.
-    """
-    log_p = log_softmax(logits)
-    loss = -label_term(log_p, target, class_weight)
-    if beta == 0:
-        return loss
-    negative_entropy = (log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(1)
-    if class_weight is not None:
-        negative_entropy = negative_entropy * label_weight(target, class_weight)
-    return loss + beta * negative_entropy
+
+def _written(gradient: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:
+    return gradient.to(logits.dtype) if out is None else out.copy_(gradient)

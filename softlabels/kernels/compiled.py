@@ -1,0 +1,147 @@
+"""The row kernels' values and gradients as graphs compiled by torch.compile.
+
+In each graph logits are read, row-shaped numbers or the gradient are written, and nothing else of the logits' size
+exists. There are three: values and gradient in one (a CPU, where the incoming gradient is known to be one); values, with
+each row's largest logit and log-sum; and the gradient from these (an accelerator: 3 N K numbers move in all).
+
+Each graph is compiled for one number of classes and any number of rows. A compiled function keeps a few versions of
+itself and then runs uncompiled without a word, so every number of classes, dtype and set of options gets a function of
+its own. Numbers among the options are inputs of the graph, all but 0 and 1, which leave parts of it out.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softlabels.kernels import eager, formula
+from softlabels.kernels.soft_label import SoftLabel, Teacher, column, is_number, product, prune, working_dtype
+
+Graph = Callable[..., Any]
+
+_graphs: dict[tuple[object, ...], Graph] = {}
+
+
+class CompilationFailed(RuntimeError):
+    """torch.compile does not work here."""
+
+
+def values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """sum_c t_c log p_c per row; and what is known of the rows: largest logit, log-sum, mass, and the teacher's."""
+    if logits.shape[0] < 2:
+        return eager.values(label, logits)
+    value, *known = _run(_values, label, logits)
+    return value, tuple(known)
+
+
+def total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the values of all rows and its gradient, in the dtype of the logits."""
+    if logits.shape[0] < 2:
+        return eager.total_and_gradient(label, logits)
+    total, gradient = _run(_total_and_gradient, label, logits)
+    return total, gradient
+
+
+def gradient(label: SoftLabel, logits: Tensor, incoming: Tensor, known: tuple[Tensor, ...]) -> Tensor:
+    """The gradient of the sum of the values, each times ``incoming``, in the dtype of the logits."""
+    if not known:
+        return eager.gradient(label, logits, incoming, known)
+    result: Tensor = _run(_gradient, label, logits, incoming, *known)
+    return result
+
+
+def _values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, ...]:
+    label, of_teacher = label.normalized()
+    largest, shifted, exponentials = _shifted(logits)
+    log_sum = exponentials.sum(1).log()
+    value, mass, _, _ = formula.parts(label, shifted, careful=True)
+    return value - product(mass, log_sum, careful=True), largest, log_sum, mass, *of_teacher
+
+
+def _total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
+    _, shifted, exponentials = _shifted(logits)
+    total = exponentials.sum(1)
+    value, mass, rest, of_index = formula.parts(label, shifted, careful=True)
+    p_mass = exponentials * (mass / total).unsqueeze(1)
+    value = value - product(mass, total.log(), careful=True)
+    return value.sum(), _soft_minus(p_mass, label, rest, of_index).to(logits.dtype)
+
+
+def _gradient(
+    label: SoftLabel,
+    logits: Tensor,
+    incoming: Tensor,
+    largest: Tensor,
+    log_sum: Tensor,
+    mass: Tensor,
+    *of_teacher: Tensor,
+) -> Tensor:
+    label = label.with_normalizer(of_teacher).scaled(incoming)
+    shifted = logits.to(working_dtype(logits)) - largest.unsqueeze(1)
+    p_mass = (shifted - log_sum.unsqueeze(1)).exp() * (mass * incoming).unsqueeze(1)
+    return _soft_minus(p_mass, label, label.rest(careful=True), label.of_index).to(logits.dtype)
+
+
+def _shifted(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.to(working_dtype(logits))
+    largest = logits.amax(1)
+    shifted = logits - largest.unsqueeze(1)
+    return largest, shifted, shifted.exp()
+
+
+def _soft_minus(p_mass: Tensor, label: SoftLabel, rest: Any, of_index: Any) -> Tensor:
+    """t - p sum t, by comparison with the label rather than by writing at it, which would not fuse."""
+    result = rest - p_mass
+    if is_number(of_index, 0.0):
+        return result
+    classes = torch.arange(p_mass.shape[1], device=p_mass.device).view(1, -1, *[1] * (p_mass.dim() - 2))
+    return torch.where(classes == label.target.unsqueeze(1), result + column(of_index), result)
+
+
+def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
+    if isinstance(label, Teacher) and label.keep is not None and label.keep < logits.shape[1]:
+        label = label.replace({"teacher_logits": prune(label.teacher_logits, label.keep)})
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Any] = {}
+    for name, value in vars(label).items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, float) and value not in (0.0, 1.0):
+            tensors[name] = torch.full((), value, dtype=working_dtype(logits), device=logits.device)
+        else:
+            constants[name] = None if name == "keep" else value
+    inputs = (logits, *tensors.values(), *more)
+    key = (body, type(label), *constants.items(), *tensors, logits.shape[1], *[(t.dtype, t.dim()) for t in inputs])
+    graph = _graphs.get((logits.device, *key))
+    if graph is None:
+        graph = _graphs[(logits.device, *key)] = _compile(body, type(label), constants, tuple(tensors))
+    device = logits.device.type
+    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    try:
+        with torch.no_grad(), autocast:
+            return graph(*inputs)
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        needed = "a C++ compiler" if device == "cpu" else "Triton"
+        raise CompilationFailed(
+            f"softlabels could not compile its kernels for {logits.device}: torch.compile needs {needed} here, or failed. "
+            "Use softlabels.set_backend('eager'), or see the error above"
+        ) from error
+
+
+def _compile(body: Graph, kind: type[SoftLabel], constants: dict[str, Any], names: tuple[str, ...]) -> Graph:
+    """A compiled function of its own, with its own code object: torch.compile counts versions by code object."""
+
+    def graph(logits: Tensor, *inputs: Tensor) -> Any:
+        tensors = dict(zip(names, inputs))  # noqa: B905
+        label = kind(**constants, **tensors)
+        return body(label, logits, *inputs[len(names) :])
+
+    own = types.FunctionType(graph.__code__.replace(), graph.__globals__, body.__name__, None, graph.__closure__)
+    return torch.compile(own, fullgraph=True)

@@ -1,0 +1,73 @@
+"""The row kernels as plain differentiable formulas: traceable, differentiable twice, and what all else must equal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softlabels.kernels.soft_label import Coefficient, SoftLabel, is_number, product, times, working_dtype
+
+
+def log_likelihood(label: SoftLabel, logits: Tensor, careful: bool = True) -> Tensor:
+    """sum_c t_c log p_c per row; if ``careful``, 0 times anything is 0."""
+    log_p = torch.log_softmax(logits, 1, dtype=working_dtype(logits))
+    rest, of_index = label.rest(careful), label.of_index
+    if is_number(of_index, 0.0):
+        return product(rest, log_p, careful).sum(1)
+    of_label = product(of_index, log_p.gather(1, label.target.unsqueeze(1)).squeeze(1), careful)
+    if is_number(rest, 0.0):
+        return of_label
+    of_rest = product(rest, log_p, careful).sum(1)
+    return add(of_label, of_rest) if careful else of_label + of_rest
+
+
+def parts(label: SoftLabel, shifted: Tensor, careful: bool) -> tuple[Tensor, Tensor, Coefficient, Coefficient]:
+    """The log-likelihood of soft labels of logits with a constant s_i to be subtracted from each row.
+
+    Returns:
+        The values sum_c t_c shifted_c and the masses sum_c t_c per row, so that the log-likelihood is value - mass s; the
+        rest of the soft label, and the share of an index label. A rest that is uniform is never spread over the classes.
+    """
+    rest, of_index = label.rest(careful), label.of_index
+    if isinstance(rest, Tensor) and rest.dim() and rest.shape[1] > 1:
+        rest = rest.expand(shifted.shape)
+        mass = rest.sum(1)
+        value = product(rest, shifted, careful).sum(1)
+    else:
+        per_row = rest.squeeze(1) if isinstance(rest, Tensor) and rest.dim() else rest
+        mass = times(per_row, float(shifted.shape[1])) + shifted.new_zeros(shifted.shape[:1] + shifted.shape[2:])
+        value = mass if is_number(per_row, 0.0) else product(per_row, shifted.sum(1), careful)
+    if not is_number(of_index, 0.0):
+        of_label = product(of_index, shifted.gather(1, label.target.unsqueeze(1)).squeeze(1), careful)
+        value = add(of_label, value) if careful else of_label + value
+        mass = mass + of_index
+    return value, mass, rest, of_index
+
+
+def add(of_label: Tensor, of_rest: Tensor) -> Tensor:
+    """The sum of the label's part and the rest's, which may be infinities of opposite sign.
+
+    So they are where the label is impossible and has less of the soft label than the other classes; the label's share
+    and the rest's together are what the soft label has there, and that has the sign of the rest.
+    """
+    result = of_label + of_rest
+    return torch.where(result.isnan() & of_rest.isinf(), of_rest, result)
+
+
+def confidence_penalty(
+    logits: Tensor, target: Tensor, beta: float, class_weight: Tensor | None, weight: Coefficient
+) -> Tensor:
+    """weight w (log p_y - beta sum_c p_c log p_c) per row, w the class weight of the row's label."""
+    log_p = torch.log_softmax(logits, 1, dtype=working_dtype(logits))
+    label = SoftLabel(target, 1.0, class_weight)
+    if target.is_floating_point():
+        of_row = label.weighted(target)
+        result = product(of_row, log_p, careful=True).sum(1)
+        of_row = of_row.sum(1)
+    else:
+        of_row = label.of_index
+        result = product(of_row, log_p.gather(1, target.unsqueeze(1)).squeeze(1), careful=True)
+    if beta != 0:
+        negative_entropy = (log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(1)
+        result = result - beta * times(of_row, negative_entropy)
+    return product(weight, result, careful=True)

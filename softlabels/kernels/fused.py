@@ -1,0 +1,91 @@
+"""The closed forms as one operation of the autograd graph."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from softlabels.kernels import formula
+from softlabels.kernels.soft_label import SoftLabel, working_dtype
+
+
+_PLAIN = (Tensor, Parameter)
+
+
+class ClosedForm(Protocol):
+    """What a backend computes, without a graph, of soft labels and logits."""
+
+    def values(self, label: SoftLabel, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """sum_c t_c log p_c per row, and row-shaped tensors that help to find the gradient."""
+
+    def total_and_gradient(self, label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the values of all rows and its gradient."""
+
+    def gradient(self, label: SoftLabel, logits: Tensor, incoming: Tensor, known: tuple[Tensor, ...]) -> Tensor:
+        """The gradient of the sum of the values, each times ``incoming``; ``known`` is what ``values`` gave."""
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors with data, and nobody but autograd looks at the operations on them."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return all(type(t) in _PLAIN and not t.is_meta for t in tensors)
+
+
+def applicable(label: SoftLabel, logits: Tensor) -> bool:
+    """Whether nothing but the logits can want a gradient."""
+    tensors = label.tensors().values()
+    if any([t.requires_grad for t in tensors]) and torch.is_grad_enabled():
+        return False
+    return is_plain(logits, *tensors)
+
+
+def log_likelihood(label: SoftLabel, logits: Tensor, backend: ClosedForm, reduce: bool) -> Tensor:
+    """sum_c t_c log p_c per row, or the sum of that over all rows."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _LogLikelihood.apply(logits, label, backend, reduce)  # type: ignore[no-untyped-call]
+        return result
+    rows, _ = backend.values(label, logits)
+    return rows.sum() if reduce else rows
+
+
+class _LogLikelihood(torch.autograd.Function):
+    """Two plans. On a CPU the forward pass leaves the gradient of the total, and the backward pass hands it on as it is
+    if the incoming gradient is one, which costs nothing to ask. Elsewhere the question would stall the device, and a
+    gradient in half precision must not be rounded before it is scaled: so the backward pass takes the softmax again,
+    which costs one more reading of the logits and takes any incoming gradient for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, label: SoftLabel, backend: ClosedForm, reduce: bool) -> Tensor:
+        tensors = label.tensors()
+        ctx.label, ctx.names = label.replace(dict.fromkeys(tensors)), list(tensors)
+        ctx.backend, ctx.reduce = backend, reduce
+        ctx.gradient, known = None, ()
+        if reduce and logits.device.type == "cpu" and logits.dtype == working_dtype(logits):
+            result, ctx.gradient = backend.total_and_gradient(label, logits)
+        else:
+            result, known = backend.values(label, logits)
+            result = result.sum() if reduce else result
+        ctx.save_for_backward(logits, *tensors.values(), *known)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, ctx.gradient = ctx.gradient, None  # handed on once: from then on it is the user's
+        if gradient is not None and not torch.is_grad_enabled():
+            return gradient if incoming.item() == 1.0 else gradient.mul_(incoming), None, None, None
+        logits, *saved = ctx.saved_tensors
+        count = len(ctx.names)
+        label = ctx.label.replace(dict(zip(ctx.names, saved[:count], strict=True)))
+        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
+            rows = formula.log_likelihood(label, logits)
+            total = rows.sum() if ctx.reduce else rows
+            (gradient,) = torch.autograd.grad(total, logits, incoming, create_graph=True)
+        else:
+            gradient = ctx.backend.gradient(label, logits, incoming, tuple(saved[count:]))
+        return gradient, None, None, None
