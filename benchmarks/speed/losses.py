@@ -19,7 +19,7 @@ from softlabels import functional
 TITLE = "Losses"
 SHAPES = ("128x10", "128x100", "256x1000", "256x10000", "2048x32000")
 ALPHA, TEMPERATURE = 0.6, 4.0
-BACKENDS = ("eager",)
+BACKENDS = ("eager", "compile")
 MINIMUM_SECONDS = 0.005  # a run repeats its work until it takes about this long
 
 Loss = Callable[[Tensor], Tensor]

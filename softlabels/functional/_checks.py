@@ -149,6 +149,8 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
     """The target holds class indices per row, or class probabilities in the shape of the logits."""
     check_tensor("target", target)
     check_device("target", target, input)
+    if target.dtype == torch.int64 and input.dim() > 1 and target.shape == input.shape[:1] + input.shape[2:]:
+        return
     shapes = f"for input of shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
     if target.shape == input.shape:
         if not target.is_floating_point():
@@ -195,7 +197,7 @@ def peek_range(values: Tensor) -> tuple[int, int] | None:
     if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
         return None
     try:
-        low, high = values.aminmax()
-        return int(low), int(high)
+        array = values.detach().numpy()
     except RuntimeError:  # vmap and fake tensors have no value to read
         return None
+    return int(array.min()), int(array.max())

@@ -78,7 +78,7 @@ def _by_fast_operations(label: SoftLabel, logits: Tensor, out: Tensor | None, ca
     """One softmax is the only slow pass: log p_c = x_c - max x + log max p, and a uniform rest is not spread out."""
     dtype = working_dtype(logits)
     shifted = torch.sub(logits.to(dtype), logits.amax(1, keepdim=True))
-    p = torch.softmax(shifted, 1)
+    p = torch.softmax(shifted, 1, out=out if out is not None and out.dtype == dtype else torch.empty_like(shifted))
     log_p_max = p.amax(1).log_()
     value, mass, rest, of_index = formula.parts(label, shifted, careful)
     total = value.sum() + product(mass, log_p_max, careful).sum()
@@ -86,29 +86,29 @@ def _by_fast_operations(label: SoftLabel, logits: Tensor, out: Tensor | None, ca
     if not is_number(rest, 0.0):
         p.add_(rest)
     if not is_number(of_index, 0.0):
-        _add_at_label(p, label.target, of_index)
+        p.scatter_add_(1, *_at_label(label.target, of_index, p))
     return total, _written(p, logits, out)
 
 
 def _dense(label: SoftLabel, like: Tensor, careful: bool) -> Tensor:
-    """The soft label of every class."""
+    """The soft label of every class, not to be written to."""
     rest, of_index = label.rest(careful), label.of_index
     if not isinstance(rest, Tensor):
-        soft = torch.full_like(like, rest)
-    elif rest.shape == like.shape and like.shape[1] > 1:
-        soft = rest  # made for us, or class probabilities, which are not written to below
-    else:
-        soft = torch.empty_like(like).copy_(rest)
+        rest = like.new_full((), rest)
+    rest = rest.expand(like.shape)
     if is_number(of_index, 0.0):
-        return soft
-    return _add_at_label(soft, label.target, of_index)
+        return rest
+    return torch.scatter_add(rest, 1, *_at_label(label.target, of_index, like))
 
 
-def _add_at_label(to: Tensor, target: Tensor, amount: Coefficient) -> Tensor:
+def _at_label(target: Tensor, amount: Coefficient, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in the rows to add how much."""
     index = target.unsqueeze(1)
-    share = amount if isinstance(amount, Tensor) else to.new_full((), amount)
-    return to.scatter_add_(1, index, (share.unsqueeze(1) if share.dim() else share).expand(index.shape))
+    share = amount if isinstance(amount, Tensor) else like.new_full((), amount)
+    return index, (share.unsqueeze(1) if share.dim() else share).expand(index.shape)
 
 
 def _written(gradient: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:
-    return gradient.to(logits.dtype) if out is None else out.copy_(gradient)
+    if out is None or out is gradient:
+        return gradient.to(logits.dtype)
+    return out.copy_(gradient)

@@ -33,14 +33,18 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether these are tensors with data, and nobody but autograd looks at the operations on them."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    return all(type(t) in _PLAIN and not t.is_meta for t in tensors)
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.is_meta:
+            return False
+    return True
 
 
 def applicable(label: SoftLabel, logits: Tensor) -> bool:
     """Whether nothing but the logits can want a gradient."""
     tensors = label.tensors().values()
-    if any([t.requires_grad for t in tensors]) and torch.is_grad_enabled():
-        return False
+    for tensor in tensors:
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return False
     return is_plain(logits, *tensors)
 
 
@@ -63,7 +67,7 @@ class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, label: SoftLabel, backend: ClosedForm, reduce: bool) -> Tensor:
         tensors = label.tensors()
-        ctx.label, ctx.names = label.replace(dict.fromkeys(tensors)), list(tensors)
+        ctx.label, ctx.names = label.without_tensors(), list(tensors)
         ctx.backend, ctx.reduce = backend, reduce
         ctx.gradient, known = None, ()
         if reduce and logits.device.type == "cpu" and logits.dtype == working_dtype(logits):

@@ -114,6 +114,12 @@ class SoftLabel:
         """The same with some other fields."""
         return type(self)(**{**vars(self), **fields})
 
+    def without_tensors(self) -> Self:
+        """The same, with nothing in the place of tensors; quickly, as nothing is checked or derived."""
+        result = object.__new__(type(self))
+        vars(result).update(vars(self), **dict.fromkeys(self.tensors()))
+        return result
+
     def rows(self, chosen: slice) -> Self:
         """The soft labels of some rows of dimension 0."""
         return self.replace({name: t[chosen] for name, t in self.tensors().items() if name != "class_weight" and t.dim()})
