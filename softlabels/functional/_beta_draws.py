@@ -1,7 +1,7 @@
 """Draws from Beta(a, 1), one per row, ascending in the order of the rows' confidence (paper sec. 6).
 
-A Beta(a, 1) draw is U ** (1 / a), so it is enough to order uniforms, and ordered uniforms need no sort: the partial sums
-of m + 1 exponentials over their total are m ascending uniforms. float64 keeps the sums ascending.
+A Beta(a, 1) draw is U ** (1 / a), so it is enough to order uniforms, and ordered uniforms need no sort: the partial
+sums of m + 1 exponentials over their total are m ascending uniforms. float64 keeps the sums ascending.
 
 On a CPU this is done in numpy: where rows are few, operations of torch take longer to start than numpy's to end.
 """

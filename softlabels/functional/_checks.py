@@ -193,7 +193,7 @@ def peek(condition: Tensor) -> bool | None:
 
 
 def peek_range(values: Tensor) -> tuple[int, int] | None:
-    """The least and the greatest of whole numbers, where that can be read for nothing; None also where there are none."""
+    """The least and the greatest of whole numbers, where there are some and that can be read for nothing."""
     if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
         return None
     try:

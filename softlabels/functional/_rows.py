@@ -141,7 +141,9 @@ def factor(rows: Rows, reduction: str) -> kernels.Coefficient:
         of_label = rows.class_weight[rows.target]
     if weight is None and of_label is None:
         return -1.0 / max(rows.shape.numel(), 1)
-    divisor = torch.as_tensor(kernels.times(1.0 if weight is None else weight, 1.0 if of_label is None else of_label)).sum()
+    counts = of_label if weight is None else weight if of_label is None else weight * of_label
+    assert counts is not None
+    divisor = counts.sum()
     share = torch.where(divisor == 0, 0.0, -1.0 / torch.where(divisor == 0, 1.0, divisor))
     return share.expand(rows.shape) if weight is None else share * weight
 

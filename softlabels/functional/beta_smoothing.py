@@ -108,9 +108,7 @@ def ranked_beta_smoothing_loss(
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
     draws = beta_draws(rows, confidence, concentration, generator, joint=joint)
     hard, uniform = two_levels(draws, alpha, rows, factor(rows, reduction))
-    result = kernels.two_level(
-        rows.logits, rows.target, hard, uniform, rows.class_weight, reduce=reduction != "none"
-    )
+    result = kernels.two_level(rows.logits, rows.target, hard, uniform, rows.class_weight, reduce=reduction != "none")
     return finish(result, rows, reduction)
 
 
@@ -156,6 +154,6 @@ def beta_smoothing_targets(
     probabilities = label_probabilities(target, num_classes)
     rows = prepare(probabilities, probabilities, None, None, -100, "none")
     draws = beta_draws(rows, confidence, concentration, generator)
-    hard, uniform = (level.unsqueeze(1) for level in two_levels(draws, alpha, rows))
+    hard, uniform = (kernels.column(level) for level in two_levels(draws, alpha, rows))
     soft = uniform + hard * rows.target
     return soft.squeeze(0) if rows.single else soft

@@ -93,16 +93,16 @@ def dirichlet_map_loss(
     _check_options(beta, temperature, gamma, sample_weighting)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction, counts=True)
     teacher_logits = rows.teacher_argument(teacher_logits)
-    weight = factor(rows, reduction)
+    row_factor = factor(rows, reduction)
     result = kernels.teacher(
         rows.logits,
         rows.target,
         teacher_logits,
-        weight,
+        row_factor,
         _soft_weight(rows, teacher_logits, beta, temperature, sample_weighting),
         rows.class_weight,
         shift=float(gamma - 1.0),
-        weight=weight,
+        weight=row_factor,
         temperature=temperature,
         reduce=reduction != "none",
     )

@@ -136,9 +136,7 @@ def pruned_distillation_loss(
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
     keep = kept_classes(prune, rows.num_classes)
     teacher_logits = rows.teacher_argument(teacher_logits)
-    return _mixture(
-        rows, rows.logits, teacher_logits, alpha, 1 - alpha, reduction, temperature=temperature, keep=keep
-    )
+    return _mixture(rows, rows.logits, teacher_logits, alpha, 1 - alpha, reduction, temperature=temperature, keep=keep)
 
 
 def _mixture(

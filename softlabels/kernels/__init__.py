@@ -2,8 +2,8 @@
 
 Logits are (N, K) or (N, K, d1, ...), classes always in dimension 1; a *row* is one classification, so row-shaped
 tensors are (N,) or (N, d1, ...). Targets are class indices (row-shaped int64, all in [0, K)) or class probabilities
-(shaped like the logits, in the working dtype). Coefficients are numbers or row-shaped tensors in the working dtype. Where
-one is 0, what it multiplies counts for nothing, be it infinite or nan.
+(shaped like the logits, in the working dtype). Coefficients are numbers or row-shaped tensors in the working dtype.
+Where one is 0, what it multiplies counts for nothing, be it infinite or nan.
 
 Results are row-shaped, or with ``reduce`` their sum, in the working dtype: float64 for float64 logits, float32 for all
 others. A loss comes of negative coefficients. Which rows count, and how much, is said by the coefficients too.
@@ -21,6 +21,7 @@ from softlabels.kernels.soft_label import (
     SoftLabel,
     Teacher,
     TwoLevel,
+    column,
     teacher_probabilities,
     times,
     working_dtype,
@@ -29,6 +30,7 @@ from softlabels.kernels.soft_label import (
 __all__ = [
     "Coefficient",
     "backend",
+    "column",
     "confidence_penalty",
     "get_backend",
     "is_plain",
@@ -73,8 +75,8 @@ def teacher(
 ) -> Tensor:
     """sum_c w_c (hard y_c + weight max(soft q_c + shift, 0)) log p_c.
 
-    q is softmax(teacher_logits / temperature) over the ``keep`` surest classes of the row. ``soft`` may be negative only
-    where ``shift`` is 0.
+    q is softmax(teacher_logits / temperature) over the ``keep`` surest classes of the row. ``soft`` may be negative
+    only where ``shift`` is 0.
     """
     label = Teacher(
         target,

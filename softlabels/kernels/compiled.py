@@ -1,8 +1,8 @@
 """The row kernels' values and gradients as graphs compiled by torch.compile.
 
 In each graph logits are read, row-shaped numbers or the gradient are written, and nothing else of the logits' size
-exists. There are three: values and gradient in one (a CPU, where the incoming gradient is known to be one); values, with
-each row's largest logit and log-sum; and the gradient from these (an accelerator: 3 N K numbers move in all).
+exists. There are three: values and gradient in one (a CPU, where the incoming gradient is known to be one); values,
+with each row's largest logit and log-sum; and the gradient from these (an accelerator: 3 N K numbers move in all).
 
 Each graph is compiled for one number of classes and any number of rows. A compiled function keeps a few versions of
 itself and then runs uncompiled without a word, so every number of classes, dtype and set of options gets a function of
@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from softlabels.kernels import eager, formula
-from softlabels.kernels.soft_label import SoftLabel, Teacher, column, is_number, product, prune, working_dtype
+from softlabels.kernels.soft_label import (
+    Coefficient,
+    SoftLabel,
+    Teacher,
+    column,
+    is_number,
+    product,
+    prune,
+    working_dtype,
+)
 
 Graph = Callable[..., Any]
 
@@ -94,7 +103,7 @@ def _shifted(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return largest, shifted, shifted.exp()
 
 
-def _soft_minus(p_mass: Tensor, label: SoftLabel, rest: Any, of_index: Any) -> Tensor:
+def _soft_minus(p_mass: Tensor, label: SoftLabel, rest: Coefficient, of_index: Coefficient) -> Tensor:
     """t - p sum t, by comparison with the label rather than by writing at it, which would not fuse."""
     result = rest - p_mass
     if is_number(of_index, 0.0):
@@ -115,7 +124,7 @@ def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
             tensors[name] = torch.full((), value, dtype=working_dtype(logits), device=logits.device)
         else:
             constants[name] = None if name == "keep" else value
-    inputs = (logits, *tensors.values(), *more)
+    inputs = [t.detach() for t in (logits, *tensors.values(), *more)]  # else being a leaf or not is another version
     key = (body, type(label), *constants.items(), *tensors, logits.shape[1], *[(t.dtype, t.dim()) for t in inputs])
     graph = _graphs.get((logits.device, *key))
     if graph is None:
@@ -130,8 +139,8 @@ def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
             raise
         needed = "a C++ compiler" if device == "cpu" else "Triton"
         raise CompilationFailed(
-            f"softlabels could not compile its kernels for {logits.device}: torch.compile needs {needed} here, or failed. "
-            "Use softlabels.set_backend('eager'), or see the error above"
+            f"softlabels could not compile its kernels for {logits.device}: torch.compile needs {needed} there, or "
+            "failed for the reason above; softlabels.set_backend('eager') does without"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The row kernels' values and gradients in closed form, without a graph, in plain PyTorch.
 
-d/dx_c sum_j t_j log p_j = t_c - p_c sum_j t_j. On a CPU the work is done for as many rows at a time as stay in its cache,
-so that memory sees the logits read once and the gradient written once, and holds nothing else of their size.
+d/dx_c sum_j t_j log p_j = t_c - p_c sum_j t_j. On a CPU the work is done for as many rows at a time as stay in its
+cache, so that memory sees the logits read once and the gradient written once, and holds nothing else of their size.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def parts(label: SoftLabel, shifted: Tensor, careful: bool) -> tuple[Tensor, Ten
     """The log-likelihood of soft labels of logits with a constant s_i to be subtracted from each row.
 
     Returns:
-        The values sum_c t_c shifted_c and the masses sum_c t_c per row, so that the log-likelihood is value - mass s; the
-        rest of the soft label, and the share of an index label. A rest that is uniform is never spread over the classes.
+        The values sum_c t_c shifted_c and the masses sum_c t_c per row, so that the log-likelihood is value - mass s;
+        the rest of the soft label, and the share of an index label. A uniform rest is not spread over the classes.
     """
     rest, of_index = label.rest(careful), label.of_index
     if isinstance(rest, Tensor) and rest.dim() and rest.shape[1] > 1:
@@ -61,9 +61,9 @@ def confidence_penalty(
     log_p = torch.log_softmax(logits, 1, dtype=working_dtype(logits))
     label = SoftLabel(target, 1.0, class_weight)
     if target.is_floating_point():
-        of_row = label.weighted(target)
-        result = product(of_row, log_p, careful=True).sum(1)
-        of_row = of_row.sum(1)
+        weighted = target * label.weighted(1.0)
+        result = product(weighted, log_p, careful=True).sum(1)
+        of_row: Coefficient = weighted.sum(1)
     else:
         of_row = label.of_index
         result = product(of_row, log_p.gather(1, target.unsqueeze(1)).squeeze(1), careful=True)

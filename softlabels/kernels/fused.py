@@ -12,7 +12,6 @@ from torch.nn import Parameter
 from softlabels.kernels import formula
 from softlabels.kernels.soft_label import SoftLabel, working_dtype
 
-
 _PLAIN = (Tensor, Parameter)
 
 
@@ -33,10 +32,7 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether these are tensors with data, and nobody but autograd looks at the operations on them."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.is_meta:
-            return False
-    return True
+    return all(type(t) in _PLAIN and not t.is_meta for t in tensors)
 
 
 def applicable(label: SoftLabel, logits: Tensor) -> bool:
@@ -58,10 +54,12 @@ def log_likelihood(label: SoftLabel, logits: Tensor, backend: ClosedForm, reduce
 
 
 class _LogLikelihood(torch.autograd.Function):
-    """Two plans. On a CPU the forward pass leaves the gradient of the total, and the backward pass hands it on as it is
-    if the incoming gradient is one, which costs nothing to ask. Elsewhere the question would stall the device, and a
-    gradient in half precision must not be rounded before it is scaled: so the backward pass takes the softmax again,
-    which costs one more reading of the logits and takes any incoming gradient for nothing.
+    """One node of the graph, by one of two plans.
+
+    On a CPU the forward pass leaves the gradient of the total, and the backward pass hands it on as it is if the
+    incoming gradient is one, which costs nothing to ask. Elsewhere the question would stall the device, and a gradient
+    in half precision must not be rounded before it is scaled: so the backward pass takes the softmax again, which costs
+    one more reading of the logits and takes any incoming gradient for nothing.
     """
 
     @staticmethod
@@ -69,7 +67,8 @@ class _LogLikelihood(torch.autograd.Function):
         tensors = label.tensors()
         ctx.label, ctx.names = label.without_tensors(), list(tensors)
         ctx.backend, ctx.reduce = backend, reduce
-        ctx.gradient, known = None, ()
+        ctx.gradient = None
+        known: tuple[Tensor, ...] = ()
         if reduce and logits.device.type == "cpu" and logits.dtype == working_dtype(logits):
             result, ctx.gradient = backend.total_and_gradient(label, logits)
         else:

@@ -122,7 +122,9 @@ class SoftLabel:
 
     def rows(self, chosen: slice) -> Self:
         """The soft labels of some rows of dimension 0."""
-        return self.replace({name: t[chosen] for name, t in self.tensors().items() if name != "class_weight" and t.dim()})
+        return self.replace(
+            {name: t[chosen] for name, t in self.tensors().items() if name != "class_weight" and t.dim()}
+        )
 
 
 @dataclass(eq=False)

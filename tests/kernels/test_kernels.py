@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
+from cases import CASES, calls
+from hypothesis import given
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softlabels
 from softlabels import functional, kernels
+from softlabels.kernels import eager, fused
+
+each_loss = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
 class LargeTensors(TorchDispatchMode):
-    """Names of the operations whose result has the given number of elements."""
+    """Names of the operations that make a tensor with the given number of elements."""
 
     def __init__(self, numel):
         super().__init__()
@@ -22,20 +29,128 @@ class LargeTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.numel() == self.numel and result.dtype != torch.bool:
-            self.names.append(func.overloadpacket.__name__)
+        name = func.overloadpacket.__name__
+        if isinstance(result, torch.Tensor) and result.numel() == self.numel and name != "detach":
+            self.names.append(name)
         return result
 
 
-@pytest.mark.parametrize("on", [1.0, 0.9])
-def test_two_level_never_builds_the_soft_label(on):
-    logits = torch.randn(31, 17)
-    target = torch.randint(17, (31,))
-    levels = torch.rand(31)
-    with LargeTensors(31 * 17) as large:
-        kernels.two_level(logits, target, on * levels, (1 - on) * levels)
-        functional.beta_smoothing_loss(logits, target, torch.rand(31))
-    assert large.names == ["_log_softmax", "_log_softmax"]
+@pytest.mark.parametrize(("dtype", "in_forward"), [(torch.float32, ["empty_like"]), (torch.bfloat16, [])])
+def test_nothing_of_the_size_of_the_logits_but_their_gradient(dtype, in_forward):
+    """In full precision the forward pass leaves the gradient; in half precision the backward pass makes it."""
+    rows, num_classes = 64, 2**15  # two blocks of rows
+    logits = torch.randn(rows, num_classes, dtype=dtype).requires_grad_()
+    target, teacher_logits = torch.randint(num_classes, (rows,)), torch.randn(rows, num_classes).to(dtype)
+    for loss in (
+        lambda: functional.beta_smoothing_loss(logits, target, torch.rand(rows)),
+        lambda: functional.self_distillation_loss(logits, target, teacher_logits),
+    ):
+        with LargeTensors(logits.numel()) as large:
+            result = loss()
+        assert large.names == in_forward
+        with LargeTensors(logits.numel()) as large:
+            torch.autograd.grad(result, logits)
+        assert large.names == ([] if in_forward else ["empty_like"])
+        with LargeTensors(logits.numel()) as large, torch.no_grad():
+            loss()
+        assert large.names == []
+
+
+@each_loss
+@pytest.mark.parametrize("ways", [{"SMALL": 0}, {"SMALL": 0, "BLOCK": 12}, {"BLOCK": 2**20}], ids=str)
+@given(call=calls())
+def test_closed_forms_equal_the_formula(case, ways, call):
+    """By fast operations, by fast operations in blocks of rows, and by few operations."""
+    logits, target, options = call
+    logits.requires_grad_()
+
+    def value_and_gradient():
+        loss = case.call(logits, target, **options)
+        incoming = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+        return loss.detach(), torch.autograd.grad(loss, logits, incoming)[0]
+
+    with patch.multiple(eager, **ways):
+        value, gradient = value_and_gradient()
+    with patch.object(fused, "applicable", return_value=False):
+        wanted, wanted_gradient = value_and_gradient()
+    assert value.shape == wanted.shape
+    torch.testing.assert_close(value, wanted)
+    exact = {"rtol": 1e-5, "atol": 2e-6} if logits.dtype == torch.float32 else {}
+    torch.testing.assert_close(gradient, wanted_gradient, **exact)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e5])
+@pytest.mark.parametrize("ways", [{"SMALL": 0}, {"BLOCK": 2**20}], ids=str)
+def test_a_constant_added_to_the_logits_costs_no_precision(shift, ways):
+    logits = 4 * torch.randn(9, 33, dtype=torch.float64)
+    logits = (logits * 64).round() / 64  # so that float32 holds logits + shift exactly
+    target = torch.randint(33, (9,))
+    wanted = functional.label_smoothing_map_loss(logits, target, beta=0.2)
+    with patch.multiple(eager, **ways):
+        got = functional.label_smoothing_map_loss((logits + shift).float().requires_grad_(), target, beta=0.2)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_the_gradient_is_handed_over():
+    """What was handed to the user is the user's: writing into it changes no later gradient."""
+    logits, target = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
+    loss = functional.label_smoothing_map_loss(logits, target, beta=0.2)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    for factor in (1.0, 3.0):
+        (again,) = torch.autograd.grad(loss, logits, torch.tensor(factor), retain_graph=True)
+        torch.testing.assert_close(again, factor * kept)
+    (half,) = torch.autograd.grad(0.5 * functional.label_smoothing_map_loss(logits, target, beta=0.2), logits)
+    torch.testing.assert_close(half, 0.5 * kept)
+
+
+def test_a_target_changed_before_a_second_backward_pass_is_noticed():
+    logits, target = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
+    loss = functional.label_smoothing_map_loss(logits, target, beta=0.2)
+    loss.backward(retain_graph=True)
+    target[0] = 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_half_precision_gradients_are_rounded_after_they_are_scaled(scale):
+    """1 / N of a small probability is below float16's least number until a GradScaler has multiplied it."""
+    logits = torch.full((4096, 2), 0.0).half()
+    logits[:, 0] = 12.0
+    target = torch.zeros(4096, dtype=torch.long)
+
+    def gradient(logits):
+        logits.requires_grad_()
+        (grad,) = torch.autograd.grad(scale * functional.label_smoothing_map_loss(logits, target, beta=0.0), logits)
+        return grad
+
+    torch.testing.assert_close(gradient(logits), gradient(logits.detach().float()).half(), rtol=2e-3, atol=6e-8)
+
+
+def test_weights_that_learn_get_their_gradient():
+    """Learning to reweight (Ren et al., 2018) starts from weights of 0."""
+    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    weights = torch.zeros(5, requires_grad=True)
+    for reduction in ("sum", "none"):
+        loss = functional.label_smoothing_map_loss(
+            logits, target, beta=0.2, sample_weight=weights, reduction=reduction
+        ).sum()
+        (grad,) = torch.autograd.grad(loss, weights)
+        wanted = functional.label_smoothing_map_loss(logits, target, beta=0.2, reduction="none")
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_forward_mode_differentiation():
+    logits, target, tangent = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]), torch.randn(5, 3)
+
+    def loss(logits):
+        return functional.label_smoothing_map_loss(logits, target, beta=0.2)
+
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(loss(forward_ad.make_dual(logits, tangent))).tangent
+    torch.testing.assert_close(got, (torch.func.grad(loss)(logits) * tangent).sum())
 
 
 def test_backend_can_be_chosen_three_ways():
@@ -46,12 +161,12 @@ def test_backend_can_be_chosen_three_ways():
             1 / 0  # noqa: B018
         assert softlabels.get_backend() == "eager"
     assert softlabels.get_backend() == "auto"
-    with pytest.raises(ValueError, match="name must be one of 'auto', 'eager', got 'cuda'"):
+    with pytest.raises(ValueError, match="name must be one of 'auto', 'eager', 'compile', got 'cuda'"):
         softlabels.set_backend("cuda")
     code = "import softlabels; print(softlabels.get_backend())"
     for value, wanted in (
         ("eager", "eager"),
-        ("fast", "SOFTLABELS_BACKEND must be one of 'auto', 'eager', got 'fast'"),
+        ("fast", "SOFTLABELS_BACKEND must be one of 'auto', 'eager', 'compile', got 'fast'"),
     ):
         run = subprocess.run(
             [sys.executable, "-c", code], env={"SOFTLABELS_BACKEND": value}, capture_output=True, text=True
@@ -61,5 +176,5 @@ def test_backend_can_be_chosen_three_ways():
 
 def test_pruning_keeps_the_lower_index_among_equals():
     teacher_logits = torch.tensor([[1.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    q = kernels.teacher_probabilities(teacher_logits, 1.0, 2)
+    q = kernels.teacher_probabilities(teacher_logits, 1.0, 2, torch.float32)
     assert (q > 0).tolist() == [[True, True, False, False], [True, True, False, False]]

@@ -9,41 +9,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from cases import CASES, expected
+from cases import CASES, calls, expected
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 each_loss = pytest.mark.parametrize("case", CASES, ids=repr)
-
-
-@st.composite
-def calls(draw):
-    """A valid call of any loss: shapes with a reason, masks, weights, both kinds of target."""
-    num_classes = draw(st.sampled_from([1, 2, 3, 5, 17]))  # 1 and 2 are edges, 17 is wider than a vector register
-    trailing = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
-    rows = draw(st.sampled_from([None, 0, 1, 2, 7]))  # None: no batch dimension
-    shape = (num_classes,) if rows is None else (rows, num_classes, *trailing)
-    row_shape = () if rows is None else (rows, *trailing)
-    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    scale = draw(st.sampled_from([0.0, 1.0, 8.0]))  # ties, ordinary, saturated
-    logits = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-    options = {"reduction": draw(st.sampled_from(["mean", "sum", "none"]))}
-    if draw(st.booleans()):
-        target = torch.randint(num_classes, row_shape, generator=generator)
-        options["ignore_index"] = draw(st.sampled_from([-100, 0, 99]))
-        if options["ignore_index"] != 0:
-            ignored = torch.rand(row_shape, generator=generator) < draw(st.sampled_from([0.0, 0.4, 1.0]))
-            target = torch.where(ignored, options["ignore_index"], target)
-    else:
-        target = torch.rand(shape, generator=generator, dtype=torch.float64)
-        target = target / target.sum(0 if rows is None else 1, keepdim=True)
-    if draw(st.booleans()):
-        options["weight"] = torch.rand(num_classes, generator=generator)
-    if draw(st.booleans()):
-        options["sample_weight"] = torch.rand(row_shape, generator=generator)
-    return logits, target, options
 
 
 @each_loss
