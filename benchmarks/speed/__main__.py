@@ -68,17 +68,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table(heading: str, rows: dict[str, Measurement]) -> str:
-    """Markdown table of times, ratios to the first row and, where measured, memory."""
+    """Markdown table of times, ratios to the first row and, where measured, limit, memory and first call."""
     base = next(iter(rows))
+    columns = [heading, "median (ms)", f"ratio to {base} (quartiles)"]
+    limit = rows.get("limit")
     memory = any(row.peak is not None for row in rows.values())
-    lines = [
-        f"| {heading} | median (ms) | ratio to {base} (quartiles) |" + (" memory (MiB) |" if memory else ""),
-        "|---|---:|---:|" + ("---:|" if memory else ""),
-    ]
+    first = any(row.first is not None for row in rows.values())
+    columns += ["times the limit"] * (limit is not None) + ["memory (MiB)"] * memory + ["first call (s)"] * first
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for name, row in rows.items():
-        cells = [name, f"{1e3 * statistics.median(row.seconds):.3f}", str(row.ratio or 1)]
+        median = statistics.median(row.seconds)
+        cells = [name, f"{1e3 * median:.3f}", str(row.ratio or 1)]
+        if limit is not None:
+            cells.append(f"{median / statistics.median(limit.seconds):.1f}")
         if memory:
-            cells.append("unmeasured" if row.peak is None else f"{row.peak:.3g}")
+            cells.append("" if row is limit else "unmeasured" if row.peak is None else f"{row.peak:.3g}")
+        if first:
+            cells.append("" if row.first is None else f"{row.first:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

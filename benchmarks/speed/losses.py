@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import math
-import time
+import os
+import statistics
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -13,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import softlabels
-from benchmarks.speed.timing import Measurement, Run, compare, keep_freed_memory, synchronize
+from benchmarks.speed.timing import Measurement, Run, compare, keep_freed_memory, peak_allocated, seconds
 from softlabels import functional
 
 TITLE = "Losses"
 SHAPES = ("128x10", "128x100", "256x1000", "256x10000", "2048x32000")
 ALPHA, TEMPERATURE = 0.6, 4.0
 BACKENDS = ("eager", "compile")
+FEATURES = 256  # of the linear layer before the loss, where one is measured too
 MINIMUM_SECONDS = 0.005  # a run repeats its work until it takes about this long
 
 Loss = Callable[[Tensor], Tensor]
@@ -28,6 +32,9 @@ Loss = Callable[[Tensor], Tensor]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NxK", help="rows x classes")
+    parser.add_argument(
+        "--linear-shapes", nargs="*", default=["256x10000"], metavar="NxK", help="with a linear layer before the loss"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the logits")
     parser.add_argument("--rounds", type=int, default=21, help="repetitions")
 
@@ -37,7 +44,9 @@ def describe(options: argparse.Namespace) -> str:
     return (
         f"Forward and backward of the mean loss of {options.dtype} logits, each timed {options.rounds} times between "
         "two of the base. Limit: the time in which this machine copies the least bytes, the logits (and a teacher's) "
-        "read once and the gradient written once. Memory: what autograd saves for the backward pass, beyond the logits."
+        "read once and the gradient written once. Memory: the most that is allocated at any time beyond the logits, "
+        "their gradient included. First call: how much longer than the median, compiling included. BetaSmoothingLoss "
+        "ranks given confidences and draws anew in each call; LabelSmoothingMAPLoss has the soft labels of the base."
     )
 
 
@@ -45,23 +54,36 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
     """Every loss at every shape: label smoothing and its kin, then distillation."""
     if options.malloc == "keep":
         keep_freed_memory()
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler announces each start
+    cache = tempfile.TemporaryDirectory()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name  # an empty one, so that first calls are first calls
     dtype = getattr(torch, options.dtype)
     results = {}
     for shape in options.shapes:
         rows, classes = map(int, shape.split("x"))
-        torch.manual_seed(0)
-        logits = torch.randn(rows, classes, device=options.device, dtype=dtype).requires_grad_()
+        logits, target = _data(rows, classes, classes, dtype, options.device)
         teacher = torch.randn(rows, classes, device=options.device, dtype=dtype)
-        target = torch.randint(classes, (rows,), device=options.device)
         for kind, losses, least in (
-            ("label smoothing", smoothing_losses(target, classes, dtype), 2),
+            ("label smoothing", smoothing_losses(target, classes, dtype, options.device), 2),
             ("distillation", distillation_losses(target, teacher), 3),
         ):
-            results[f"{shape}, {kind}"] = _measure(losses, logits, least, options.rounds, options.device)
+            copied = logits.numel() * least // 2  # a copy reads and writes
+            results[f"{shape}, {kind}"] = _measure(losses, logits, copied, options.rounds, options.device)
+    for shape in options.linear_shapes:
+        rows, classes = map(int, shape.split("x"))
+        features, target = _data(rows, FEATURES, classes, dtype, options.device)
+        losses = linear_losses(target, classes, dtype, options.device)
+        results[f"{shape}, linear layer and loss"] = _measure(losses, features, 0, options.rounds, options.device)
     return results
 
 
-def smoothing_losses(target: Tensor, classes: int, dtype: torch.dtype) -> dict[str, Loss]:
+def _data(rows: int, columns: int, classes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    inputs = torch.randn(rows, columns, device=device, dtype=dtype).requires_grad_()
+    return inputs, torch.randint(classes, (rows,), device=device)
+
+
+def smoothing_losses(target: Tensor, classes: int, dtype: torch.dtype, device: torch.device) -> dict[str, Loss]:
     """Losses of one kind of soft label that is the same for all wrong classes; torch's own first."""
     confidence = torch.rand(target.shape, device=target.device)
     soft = functional.beta_smoothing_targets(target, classes, confidence).to(dtype)
@@ -72,9 +94,39 @@ def smoothing_losses(target: Tensor, classes: int, dtype: torch.dtype) -> dict[s
         "nn.CrossEntropyLoss(), dense soft targets": lambda x: plain(x, soft),
         "timm's SoftTargetCrossEntropy (formula)": lambda x: torch.sum(-soft * F.log_softmax(x, -1), -1).mean(),
     }
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        own = torch.randn(target.shape[0], classes, device=device, dtype=dtype).requires_grad_()
+
+        def liger(_: Tensor) -> Tensor:  # on logits of its own, since it writes their gradient over them
+            own.grad = None
+            return liger_cross_entropy(own, target, label_smoothing=0.1)
+
+        losses["Liger-Kernel's cross-entropy, smoothed"] = liger
     for backend in BACKENDS:
+        losses[f"softlabels.LabelSmoothingMAPLoss, {backend}"] = _on(
+            backend, lambda x: functional.label_smoothing_map_loss(x, target, beta=0.1 / 0.9)
+        )
         losses[f"softlabels.BetaSmoothingLoss, {backend}"] = _on(
             backend, lambda x: functional.beta_smoothing_loss(x, target, confidence)
+        )
+    return losses
+
+
+def linear_losses(target: Tensor, classes: int, dtype: torch.dtype, device: torch.device) -> dict[str, Loss]:
+    """A linear layer and a loss of its logits, beside torch's loss that never holds all logits at once."""
+    layer = nn.Linear(FEATURES, classes, bias=False, device=device, dtype=dtype)
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+    losses: dict[str, Loss] = {
+        "nn.Linear and nn.CrossEntropyLoss(label_smoothing=0.1)": lambda x: smoothed(layer(x), target)
+    }
+    if hasattr(nn, "LinearCrossEntropyLoss"):
+        joint = nn.LinearCrossEntropyLoss(FEATURES, classes, label_smoothing=0.1, device=device, dtype=dtype)
+        losses["nn.LinearCrossEntropyLoss(label_smoothing=0.1)"] = lambda x: joint(x, target)
+    for backend in BACKENDS:
+        losses[f"nn.Linear and softlabels.LabelSmoothingMAPLoss, {backend}"] = _on(
+            backend, lambda x: functional.label_smoothing_map_loss(layer(x), target, beta=0.1 / 0.9)
         )
     return losses
 
@@ -104,50 +156,35 @@ def _on(backend: str, loss: Loss) -> Loss:
 
 
 def _measure(
-    losses: dict[str, Loss], logits: Tensor, least: int, rounds: int, device: torch.device
+    losses: dict[str, Loss], inputs: Tensor, copied: int, rounds: int, device: torch.device
 ) -> dict[str, Measurement]:
     def step(loss: Loss) -> None:
-        logits.grad = None
-        loss(logits).backward()
+        inputs.grad = None
+        loss(inputs).backward()
 
     def copy() -> None:
         torch.empty_like(source).copy_(source)
 
-    source = logits.detach().new_empty(logits.numel() * least // 2)  # a copy reads and writes it
+    first = {name: seconds(lambda loss=loss: step(loss), device) for name, loss in losses.items()}
+    source = inputs.detach().new_empty(copied)
     repeats = _repeats(lambda: step(losses[next(iter(losses))]), device)
     runs: dict[str, Run] = {
         name: lambda loss=loss: [step(loss) for _ in range(repeats)] for name, loss in losses.items()
     }
-    runs["limit"] = lambda: [copy() for _ in range(repeats)]
-    measured = {
-        name: dataclasses.replace(row, seconds=[s / repeats for s in row.seconds])
-        for name, row in compare(runs, rounds, device).items()
-    }
-    saved = {name: saved_mebibytes(loss, logits) for name, loss in losses.items()}
-    return {name: dataclasses.replace(row, peak=saved.get(name, 0.0)) for name, row in measured.items()}
+    if copied:
+        runs["limit"] = lambda: [copy() for _ in range(repeats)]
+    rows = {}
+    for name, row in compare(runs, rounds, device).items():
+        own = [s / repeats for s in row.seconds]
+        rows[name] = dataclasses.replace(row, seconds=own)
+        if name in losses:
+            late = max(first[name] - statistics.median(own), 0.0)
+            peak = peak_allocated(lambda loss=losses[name]: step(loss), device)
+            rows[name] = dataclasses.replace(rows[name], first=late, peak=peak)
+    return rows
 
 
 def _repeats(run: Run, device: torch.device) -> int:
     for _ in range(3):
         run()
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return math.ceil(MINIMUM_SECONDS / (time.perf_counter() - start))
-
-
-def saved_mebibytes(loss: Loss, logits: Tensor) -> float:
-    """Size of what autograd keeps for the backward pass, but for the logits themselves; each storage once."""
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() != logits.untyped_storage().data_ptr():
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept_alive = loss(logits)
-    del kept_alive
-    return sum(saved.values()) / 2**20
+    return math.ceil(MINIMUM_SECONDS / seconds(run, device))

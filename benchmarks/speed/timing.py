@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 import re
 import statistics
@@ -45,10 +46,10 @@ def interleave(
     base_seconds: list[float] = []
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     for index in range(warmup + rounds):
-        before = _seconds(base, device)
+        before = seconds(base, device)
         for name in order.sample(list(rivals), len(rivals)):
-            own = _seconds(rivals[name], device)
-            after = _seconds(base, device)
+            own = seconds(rivals[name], device)
+            after = seconds(base, device)
             if index >= warmup:
                 pairs[name].append((own, (before + after) / 2))
                 base_seconds.append(after)
@@ -58,11 +59,15 @@ def interleave(
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender: all its times in seconds, their ratio to the base's, and the most memory it adds in MiB."""
+    """One contender: all its times in seconds, their ratio to the base's, and the most memory it adds in MiB.
+
+    ``first`` is how many seconds longer than usual its first call took.
+    """
 
     seconds: list[float]
     ratio: Ratio | None = None
     peak: float | None = None
+    first: float | None = None
 
 
 def compare(
@@ -91,7 +96,8 @@ def ratio(pairs: list[tuple[float, float]]) -> Ratio:
     return Ratio(median, low, high)
 
 
-def _seconds(run: Run, device: torch.device) -> float:
+def seconds(run: Run, device: torch.device) -> float:
+    """Wall time of one run, of an accelerator's work too."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -114,6 +120,22 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     m_trim_threshold, m_mmap_max = -1, -4  # of <malloc.h>
     return mallopt is not None and bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def peak_allocated(run: Run, device: torch.device) -> float:
+    """MiB that torch's allocator holds during a run, at most, beyond what it held before."""
+    run()
+    if device.type == "cuda":
+        peak = peak_memory(run, device)
+        assert peak is not None
+        return peak
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    results = profile.profiler and profile.profiler.kineto_results
+    assert results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0) / 2**20
 
 
 def peak_memory(run: Run, device: torch.device) -> float | None:

@@ -11,9 +11,9 @@ its own. Numbers among the options are inputs of the graph, all but 0 and 1, whi
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -121,18 +121,19 @@ def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
         if isinstance(value, Tensor):
             tensors[name] = value
         elif isinstance(value, float) and value not in (0.0, 1.0):
-            tensors[name] = torch.full((), value, dtype=working_dtype(logits), device=logits.device)
+            tensors[name] = _constant(value, working_dtype(logits), logits.device)
         else:
             constants[name] = None if name == "keep" else value
-    inputs = [t.detach() for t in (logits, *tensors.values(), *more)]  # else being a leaf or not is another version
+    inputs = (logits.detach(), *tensors.values(), *more)  # not detached, a leaf and another tensor make two versions
     key = (body, type(label), *constants.items(), *tensors, logits.shape[1], *[(t.dtype, t.dim()) for t in inputs])
     graph = _graphs.get((logits.device, *key))
     if graph is None:
         graph = _graphs[(logits.device, *key)] = _compile(body, type(label), constants, tuple(tensors))
     device = logits.device.type
-    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
     try:
-        with torch.no_grad(), autocast:
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
+            return graph(*inputs)
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # or these, too, would make versions
             return graph(*inputs)
     except Exception as error:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
@@ -142,6 +143,11 @@ def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
             f"softlabels could not compile its kernels for {logits.device}: torch.compile needs {needed} there, or "
             "failed for the reason above; softlabels.set_backend('eager') does without"
         ) from error
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _compile(body: Graph, kind: type[SoftLabel], constants: dict[str, Any], names: tuple[str, ...]) -> Graph:
