@@ -28,13 +28,14 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, (module, summary) in BENCHMARKS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        importlib.import_module(module).arguments(command)
+        benchmark = importlib.import_module(module)
+        benchmark.arguments(command)
         command.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where to measure")
         command.add_argument("--threads", type=int, default=2, help="CPU threads")
         command.add_argument(
             "--malloc",
             choices=["keep", "system"],
-            default="keep",
+            default=getattr(benchmark, "MALLOC", "keep"),
             help="CPU memory: keep what is freed, as jemalloc and tcmalloc do, or the system's way",
         )
         command.add_argument("--out", type=Path, help="folder for a table and JSON; otherwise they are printed alone")

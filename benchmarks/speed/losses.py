@@ -10,6 +10,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ TITLE = "Losses"
 SHAPES = ("128x10", "128x100", "256x1000", "256x10000", "2048x32000")
 ALPHA, TEMPERATURE = 0.6, 4.0
 BACKENDS = ("eager", "compile")
+MALLOC = "system"  # by default: what a plain Python process has
 FEATURES = 256  # of the linear layer before the loss, where one is measured too
 MINIMUM_SECONDS = 0.005  # a run repeats its work until it takes about this long
 
@@ -54,9 +56,14 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
     """Every loss at every shape: label smoothing and its kin, then distillation."""
     if options.malloc == "keep":
         keep_freed_memory()
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler announces each start
-    cache = tempfile.TemporaryDirectory()
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name  # an empty one, so that first calls are first calls
+    with tempfile.TemporaryDirectory() as cache:
+        # An empty cache, so that first calls are first calls; and a profiler that does not announce itself.
+        quiet = {"TORCHINDUCTOR_CACHE_DIR": cache, "KINETO_LOG_LEVEL": "99"}
+        with mock.patch.dict(os.environ, quiet):
+            return _measure_all(options)
+
+
+def _measure_all(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
     dtype = getattr(torch, options.dtype)
     results = {}
     for shape in options.shapes:

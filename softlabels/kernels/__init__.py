@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softlabels.kernels import automatic, compiled, eager, formula, fused
 from softlabels.kernels.backend import backend, get_backend, set_backend
-from softlabels.kernels.fused import is_plain
+from softlabels.kernels.plain import is_plain
 from softlabels.kernels.soft_label import (
     Coefficient,
     SoftLabel,

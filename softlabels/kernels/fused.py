@@ -6,13 +6,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from softlabels.kernels import formula
+from softlabels.kernels.plain import is_plain
 from softlabels.kernels.soft_label import SoftLabel, working_dtype
-
-_PLAIN = (Tensor, Parameter)
 
 
 class ClosedForm(Protocol):
@@ -26,13 +23,6 @@ class ClosedForm(Protocol):
 
     def gradient(self, label: SoftLabel, logits: Tensor, incoming: Tensor, known: tuple[Tensor, ...]) -> Tensor:
         """The gradient of the sum of the values, each times ``incoming``; ``known`` is what ``values`` gave."""
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors with data, and nobody but autograd looks at the operations on them."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return all(type(t) in _PLAIN and not t.is_meta for t in tensors)
 
 
 def applicable(label: SoftLabel, logits: Tensor) -> bool:

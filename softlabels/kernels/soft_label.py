@@ -12,8 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from softlabels.kernels.plain import is_plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -216,8 +219,27 @@ def teacher_probabilities(
 
 def prune(teacher_logits: Tensor, keep: int) -> Tensor:
     """-inf for all but the ``keep`` largest logits of each row; among equal ones the lower class index is kept."""
-    threshold = teacher_logits.topk(keep, dim=1).values[:, -1:]
-    above = teacher_logits > threshold
-    level = teacher_logits == threshold
-    room = keep - above.sum(1, keepdim=True)
-    return teacher_logits.masked_fill(~(above | (level & (level.cumsum(1) <= room))), -torch.inf)
+    threshold = _largest(teacher_logits, keep)
+    pruned = ~(teacher_logits >= threshold)
+    if not _can_be_numpy(teacher_logits) or np.any(
+        np.count_nonzero(pruned.numpy(), axis=1) < teacher_logits.shape[1] - keep
+    ):  # equal ones
+        level = teacher_logits == threshold
+        room = keep - (teacher_logits > threshold).sum(1, keepdim=True)
+        pruned |= level & (level.cumsum(1) > room)
+    return teacher_logits.masked_fill(pruned, -torch.inf)
+
+
+def _can_be_numpy(values: Tensor) -> bool:
+    return values.device.type == "cpu" and is_plain(values)
+
+
+def _largest(values: Tensor, rank: int) -> Tensor:
+    """The ``rank``-th largest number of each row, without a sort of the row; the class dimension stays, of size 1."""
+    if not _can_be_numpy(values):
+        return values.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True)
+    half = values.dtype in (torch.bfloat16, torch.float16)
+    array = (values.float() if half else values).detach().numpy()
+    place = values.shape[1] - rank
+    chosen = np.partition(array, place, axis=1)[:, place : place + 1]  # a quarter of the time of topk
+    return torch.from_numpy(np.ascontiguousarray(chosen)).to(values.dtype)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import losses, metrics
-from benchmarks.speed.timing import interleave, ratio
+from benchmarks.speed.timing import interleave, peak_allocated, ratio
 from benchmarks.speed.train_step import LOSSES, resnet18
 from softlabels.metrics import confidence_diversity
 
@@ -56,14 +56,16 @@ def test_command_line(tmp_path, capsys):
     assert records["command"].startswith("python -m benchmarks.speed metrics --samples 500 --rounds 1 --device cpu")
     assert len(records["results"]["calibration error"]["softlabels.metrics.calibration_error"]["seconds"]) == 1
 
-    command.main(["losses", "--shapes", "8x10", "4x30", *common])
+    command.main(["losses", "--shapes", "8x10", "4x30", "--linear-shapes", "4x20", *common])
     printed = capsys.readouterr().out
     for shape in ("8x10", "4x30"):
         assert (
             f"| {shape}, label smoothing | median (ms) | ratio to nn.CrossEntropyLoss(label_smoothing=0.1)" in printed
         )
         assert f"| {shape}, distillation | median (ms) | ratio to F.kl_div + F.cross_entropy (quartiles)" in printed
-    assert "--shapes 8x10 4x30 --dtype float32 --rounds 1" in printed
+    assert "(quartiles) | times the limit | memory (MiB) | first call (s) |" in printed
+    assert "| nn.LinearCrossEntropyLoss(label_smoothing=0.1) |" in printed
+    assert "--shapes 8x10 4x30 --linear-shapes 4x20 --dtype float32 --rounds 1" in printed
 
     command.main(["import", *common])
     assert "| import torch, softlabels |" in capsys.readouterr().out
@@ -72,18 +74,25 @@ def test_command_line(tmp_path, capsys):
 def test_rivals_compute_the_same_losses():
     logits, teacher, target = torch.randn(16, 7), torch.randn(16, 7), torch.randint(7, (16,))
     distillation = losses.distillation_losses(target, teacher)
-    recipe, own = (loss(logits).item() for loss in distillation.values())
+    recipe, *own = (loss(logits).item() for loss in distillation.values())
     entropy = torch.distributions.Categorical(logits=teacher / losses.TEMPERATURE).entropy().mean().item()
-    assert own == pytest.approx(recipe + (1 - losses.ALPHA) * entropy, rel=1e-5)  # KL is less by a constant
-    smoothing = losses.smoothing_losses(target, 7, torch.float32)
+    assert own == pytest.approx([recipe + (1 - losses.ALPHA) * entropy] * 2, rel=1e-5)  # KL is less by a constant
+    smoothing = losses.smoothing_losses(target, 7, torch.float32, torch.device("cpu"))
+    base = smoothing["nn.CrossEntropyLoss(label_smoothing=0.1)"](logits)
+    for backend in losses.BACKENDS:
+        own = smoothing[f"softlabels.LabelSmoothingMAPLoss, {backend}"](logits)
+        torch.testing.assert_close(0.9 * own, base)
     dense = smoothing["nn.CrossEntropyLoss(), dense soft targets"](logits)
     torch.testing.assert_close(smoothing["timm's SoftTargetCrossEntropy (formula)"](logits), dense)
 
 
-def test_saved_memory_counts_each_tensor_once_and_not_the_logits():
-    logits = torch.randn(64, 1024, requires_grad=True)
-    assert losses.saved_mebibytes(lambda x: (x.exp() * 2).exp().sum(), logits) == pytest.approx(0.5)
-    assert losses.saved_mebibytes(lambda x: (x * x).sum(), logits) == 0.0
+def test_peak_memory_counts_what_is_held_at_once():
+    x = torch.randn(64, 1024)  # a quarter of a MiB
+    assert peak_allocated(lambda: x.exp().sin(), torch.device("cpu")) == pytest.approx(0.5)
+    assert peak_allocated(lambda: [x.exp().sum() for _ in range(3)], torch.device("cpu")) == pytest.approx(
+        0.25, rel=1e-2
+    )
+    assert peak_allocated(lambda: x.detach().requires_grad_().square().sum().backward(), torch.device("cpu")) > 0.25
 
 
 def test_the_k_d_tree_estimates_the_same():
