@@ -169,6 +169,10 @@ def _measure(
         inputs.grad = None
         loss(inputs).backward()
 
+    def step_and_forget(loss: Loss) -> None:
+        step(loss)
+        inputs.grad = None  # or it would be freed within the next measurement, and hide as much
+
     def copy() -> None:
         torch.empty_like(source).copy_(source)
 
@@ -186,7 +190,7 @@ def _measure(
         rows[name] = dataclasses.replace(row, seconds=own)
         if name in losses:
             late = max(first[name] - statistics.median(own), 0.0)
-            peak = peak_allocated(lambda loss=losses[name]: step(loss), device)
+            peak = peak_allocated(lambda loss=losses[name]: step_and_forget(loss), device)
             rows[name] = dataclasses.replace(rows[name], first=late, peak=peak)
     return rows
 

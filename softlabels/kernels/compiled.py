@@ -147,7 +147,8 @@ def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((), value, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # whoever asks first
+        return torch.full((), value, dtype=dtype, device=device)
 
 
 def _compile(body: Graph, kind: type[SoftLabel], constants: dict[str, Any], names: tuple[str, ...]) -> Graph:

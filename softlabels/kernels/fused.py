@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from softlabels.kernels import formula
-from softlabels.kernels.plain import is_plain
-from softlabels.kernels.soft_label import SoftLabel, working_dtype
+from softlabels.kernels import eager, formula
+from softlabels.kernels.plain import is_batched, is_plain
+from softlabels.kernels.soft_label import SoftLabel, column, working_dtype
 
 
 class ClosedForm(Protocol):
@@ -27,6 +27,8 @@ class ClosedForm(Protocol):
 
 def applicable(label: SoftLabel, logits: Tensor) -> bool:
     """Whether nothing but the logits can want a gradient."""
+    if torch.compiler.is_compiling():
+        return False
     tensors = label.tensors().values()
     for tensor in tensors:
         if tensor.requires_grad and torch.is_grad_enabled():
@@ -69,16 +71,23 @@ class _LogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, ctx.gradient = ctx.gradient, None  # handed on once: from then on it is the user's
-        if gradient is not None and not torch.is_grad_enabled():
+        batched = is_batched(incoming)  # is_grads_batched=True: many incoming gradients at once
+        gradient: Tensor | None = None
+        if not batched and not torch.is_grad_enabled():
+            gradient, ctx.gradient = ctx.gradient, None  # handed on once: from then on it is the user's
+        if gradient is not None:
             return gradient if incoming.item() == 1.0 else gradient.mul_(incoming), None, None, None
         logits, *saved = ctx.saved_tensors
         count = len(ctx.names)
         label = ctx.label.replace(dict(zip(ctx.names, saved[:count], strict=True)))
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
-            rows = formula.log_likelihood(label, logits)
-            total = rows.sum() if ctx.reduce else rows
+            total = formula.log_likelihood(label, logits)
+            total = total.sum() if ctx.reduce else total
             (gradient,) = torch.autograd.grad(total, logits, incoming, create_graph=True)
+        elif batched:
+            rows = () if ctx.reduce else logits.shape[:1] + logits.shape[2:]
+            one = logits.new_ones(rows, dtype=working_dtype(logits))
+            gradient = (eager.gradient(label, logits, one, ()) * column(incoming)).to(logits.dtype)
         else:
             gradient = ctx.backend.gradient(label, logits, incoming, tuple(saved[count:]))
         return gradient, None, None, None

@@ -114,7 +114,7 @@ class SoftLabel:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def replace(self, fields: dict[str, Any]) -> Self:
-        """The same with some other fields."""
+        """The same with some other fields; not to be traced."""
         return type(self)(**{**vars(self), **fields})
 
     def without_tensors(self) -> Self:
@@ -142,7 +142,7 @@ class TwoLevel(SoftLabel):
 
     def scaled(self, factor: Tensor) -> TwoLevel:
         """Scale both coefficients."""
-        return self.replace({"hard": times(factor, self.hard), "uniform": times(factor, self.uniform)})
+        return TwoLevel(self.target, times(factor, self.hard), self.class_weight, times(factor, self.uniform))
 
 
 @dataclass(eq=False)
@@ -180,7 +180,7 @@ class Teacher(SoftLabel):
 
     def scaled(self, factor: Tensor) -> Teacher:
         """Scale the label's coefficient and the weight of the rest."""
-        return self.replace({"hard": times(factor, self.hard), "weight": times(factor, self.weight)})
+        return self._with(times(factor, self.hard), times(factor, self.weight), self.normalizer)
 
     def normalized(self) -> tuple[Teacher, tuple[Tensor, ...]]:
         """The same with the largest logit and the sum of exponentials of each row known; all classes are kept."""
@@ -193,7 +193,22 @@ class Teacher(SoftLabel):
 
     def with_normalizer(self, normalizer: tuple[Tensor, ...]) -> Teacher:
         """The same with known normalizers."""
-        return self.replace({"normalizer": normalizer})
+        return self._with(self.hard, self.weight, normalizer)
+
+    def _with(self, hard: Coefficient, weight: Coefficient, normalizer: tuple[Tensor, ...]) -> Teacher:
+        return Teacher(
+            self.target,
+            hard,
+            self.class_weight,
+            self.teacher_logits,
+            self.soft,
+            self.shift,
+            weight,
+            self.temperature,
+            self.keep,
+            self.dtype,
+            normalizer,
+        )
 
     def _softmax(self) -> Tensor:
         if self.normalizer:

@@ -149,6 +149,7 @@ def test_inside_a_compiled_region_no_second_compilation_starts():
         region(logits).backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11
 def test_memory_is_that_of_the_gradient():
     """Allocations of the size of the logits, counted where the allocator reports them: compiled code has no hooks."""
     rows, num_classes = 64, 4096

@@ -142,6 +142,20 @@ def test_weights_that_learn_get_their_gradient():
         torch.testing.assert_close(grad, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_incoming_gradients_at_once(dtype):
+    logits, target = torch.randn(5, 3).to(dtype).requires_grad_(), torch.tensor([0, 1, 2, 0, 1])
+
+    def losses(logits):
+        return functional.label_smoothing_map_loss(logits, target, beta=0.2, reduction="none")
+
+    wanted = torch.autograd.functional.jacobian(losses, logits)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(losses, logits, vectorize=True), wanted)
+    factors = torch.tensor([1.0, -2.0])
+    (many,) = torch.autograd.grad(losses(logits).sum(), logits, factors, is_grads_batched=True)
+    torch.testing.assert_close(many, factors.view(2, 1, 1).to(dtype) * wanted.sum(0))
+
+
 def test_forward_mode_differentiation():
     logits, target, tangent = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]), torch.randn(5, 3)
 
