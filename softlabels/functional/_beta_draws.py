@@ -9,7 +9,6 @@ On a CPU this is done in numpy: where rows are few, operations of torch take lon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,8 +73,7 @@ def beta_draws(
 
 def _by_numpy(score: Tensor, kept: Tensor | None, source: Tensor, concentration: float) -> NDArray[np.float64]:
     """Of n + 1 uniforms, which m + 1 make those of the m kept rows, as in `_hand_out`."""
-    half = score.dtype in (torch.bfloat16, torch.float16)
-    values: NDArray[Any] = (score.float() if half else score).numpy()
+    values = kernels.to_numpy(score)
     chosen = None if kept is None else kept.numpy()
     ranked = values.ravel() if chosen is None else values[chosen]
     if ranked.size and ranked.dtype.kind == "f" and np.isnan(ranked.max()):

@@ -13,6 +13,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from softlabels import kernels
+
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -194,10 +196,7 @@ def peek(condition: Tensor) -> bool | None:
 
 def peek_range(values: Tensor) -> tuple[int, int] | None:
     """The least and the greatest of whole numbers, where there are some and that can be read for nothing."""
-    if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
+    if values.device.type != "cpu" or values.numel() == 0 or not kernels.is_plain(values):
         return None
-    try:
-        array = values.detach().numpy()
-    except RuntimeError:  # vmap and fake tensors have no value to read
-        return None
+    array = values.detach().numpy()
     return int(array.min()), int(array.max())

@@ -141,11 +141,12 @@ def factor(rows: Rows, reduction: str) -> kernels.Coefficient:
         of_label = rows.class_weight[rows.target]
     if weight is None and of_label is None:
         return -1.0 / max(rows.shape.numel(), 1)
-    counts = of_label if weight is None else weight if of_label is None else weight * of_label
-    assert counts is not None
-    divisor = counts.sum()
-    share = torch.where(divisor == 0, 0.0, -1.0 / torch.where(divisor == 0, 1.0, divisor))
-    return share.expand(rows.shape) if weight is None else share * weight
+    if weight is None:
+        assert of_label is not None
+        weight = torch.ones_like(of_label)
+    counts = weight if of_label is None else weight * of_label
+    divisor = (counts if rows.kept is None else torch.where(rows.kept, counts, 0.0)).sum()
+    return torch.where(divisor == 0, 0.0, -(weight / torch.where(divisor == 0, 1.0, divisor)))
 
 
 def finish(result: Tensor, rows: Rows, reduction: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softlabels.kernels import automatic, compiled, eager, formula, fused
 from softlabels.kernels.backend import backend, get_backend, set_backend
-from softlabels.kernels.plain import is_plain
+from softlabels.kernels.plain import is_plain, to_numpy
 from softlabels.kernels.soft_label import (
     Coefficient,
     SoftLabel,
@@ -38,6 +38,7 @@ __all__ = [
     "teacher",
     "teacher_probabilities",
     "times",
+    "to_numpy",
     "two_level",
     "working_dtype",
 ]
@@ -108,6 +109,7 @@ def confidence_penalty(
 
 
 def _log_likelihood(label: SoftLabel, logits: Tensor, reduce: bool) -> Tensor:
+    label = fused.savable(label)
     if fused.applicable(label, logits):
         return fused.log_likelihood(label, logits, _BACKENDS[get_backend()], reduce)
     rows = formula.log_likelihood(label, logits)

@@ -12,6 +12,7 @@ its own. Numbers among the options are inputs of the graph, all but 0 and 1, whi
 from __future__ import annotations
 
 import functools
+import numbers
 import types
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ class CompilationFailed(RuntimeError):
 
 def values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """sum_c t_c log p_c per row; and what is known of the rows: largest logit, log-sum, mass, and the teacher's."""
-    if logits.shape[0] < 2:
+    if not _can_compile(logits):
         return eager.values(label, logits)
     value, *known = _run(_values, label, logits)
     return value, tuple(known)
@@ -50,7 +51,7 @@ def values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]
 
 def total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the values of all rows and its gradient, in the dtype of the logits."""
-    if logits.shape[0] < 2:
+    if not _can_compile(logits):
         return eager.total_and_gradient(label, logits)
     total, gradient = _run(_total_and_gradient, label, logits)
     return total, gradient
@@ -58,10 +59,15 @@ def total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor
 
 def gradient(label: SoftLabel, logits: Tensor, incoming: Tensor, known: tuple[Tensor, ...]) -> Tensor:
     """The gradient of the sum of the values, each times ``incoming``, in the dtype of the logits."""
-    if not known:
+    if not known or not _can_compile(logits):
         return eager.gradient(label, logits, incoming, known)
     result: Tensor = _run(_gradient, label, logits, incoming, *known)
     return result
+
+
+def _can_compile(logits: Tensor) -> bool:
+    """Few rows are another version, and what watches operations (a FlopCounterMode) cannot see into a graph."""
+    return logits.shape[0] > 1 and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, ...]:
@@ -120,15 +126,17 @@ def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
     for name, value in vars(label).items():
         if isinstance(value, Tensor):
             tensors[name] = value
-        elif isinstance(value, float) and value not in (0.0, 1.0):
-            tensors[name] = _constant(value, working_dtype(logits), logits.device)
-        else:
+        elif name == "keep" or not isinstance(value, numbers.Real):
             constants[name] = None if name == "keep" else value
+        elif value in (0.0, 1.0):
+            constants[name] = float(value)
+        else:
+            tensors[name] = _constant(float(value), working_dtype(logits), logits.device)
     inputs = (logits.detach(), *tensors.values(), *more)  # not detached, a leaf and another tensor make two versions
-    key = (body, type(label), *constants.items(), *tensors, logits.shape[1], *[(t.dtype, t.dim()) for t in inputs])
-    graph = _graphs.get((logits.device, *key))
+    key = (body, logits.device, type(label), *constants.items(), *tensors, *[_layout(t) for t in inputs])
+    graph = _graphs.get(key)
     if graph is None:
-        graph = _graphs[(logits.device, *key)] = _compile(body, type(label), constants, tuple(tensors))
+        graph = _graphs[key] = _compile(body, type(label), constants, tuple(tensors))
     device = logits.device.type
     try:
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
@@ -136,6 +144,9 @@ def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
         with torch.no_grad(), torch.autocast(device, enabled=False):  # or these, too, would make versions
             return graph(*inputs)
     except Exception as error:
+        del _graphs[key]  # a function that failed once may refuse to be compiled again
+        if "RecompileLimit" in type(error).__name__:  # versions for what the key does not tell, such as thread counts
+            return _run(body, label, logits, *more)
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise
         needed = "a C++ compiler" if device == "cpu" else "Triton"
@@ -145,10 +156,27 @@ def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
         ) from error
 
 
-@functools.lru_cache(maxsize=256)
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    """What would make another version: dtype, classes, and beside (N, K) the order of strides, sizes of 0 and 1."""
+    if tensor.dim() < 2:
+        return tensor.dtype, tensor.is_contiguous()
+    if tensor.dim() == 2 and tensor.is_contiguous():
+        return tensor.dtype, tensor.shape[1]
+    order = sorted(range(tensor.dim()), key=tensor.stride)
+    few = [number if number < 2 else 2 for number in (*tensor.shape, *tensor.stride())]
+    return tensor.dtype, tensor.shape[1], *order, *few
+
+
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # whoever asks first
+    if device.type != "cpu":  # which may be recording a graph, and keeps its own memory for it
         return torch.full((), value, dtype=dtype, device=device)
+    return _constant_on_cpu(value, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant_on_cpu(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # whoever asks first
+        return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def _compile(body: Graph, kind: type[SoftLabel], constants: dict[str, Any], names: tuple[str, ...]) -> Graph:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softlabels.kernels import eager, formula
-from softlabels.kernels.plain import is_batched, is_plain
+from softlabels.kernels.plain import has_tangents, is_batched, is_plain
 from softlabels.kernels.soft_label import SoftLabel, column, working_dtype
 
 
@@ -45,6 +45,23 @@ def log_likelihood(label: SoftLabel, logits: Tensor, backend: ClosedForm, reduce
     return rows.sum() if reduce else rows
 
 
+def savable(label: SoftLabel) -> SoftLabel:
+    """The same without tensors of inference mode, which autograd cannot save: teachers often run in it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return label
+    copies = {name: t.clone() for name, t in label.tensors().items() if t.is_inference()}
+    return label.replace(copies) if copies else label
+
+
+def _differentiable_gradient(label: SoftLabel, logits: Tensor, incoming: Tensor, reduce: bool) -> Tensor:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        alias = logits.view_as(logits)  # or the hooks of the user's own tensor would run here too
+        rows = formula.log_likelihood(label, alias)
+        (gradient,) = torch.autograd.grad(rows.sum() if reduce else rows, alias, incoming, create_graph=create_graph)
+    return gradient
+
+
 class _LogLikelihood(torch.autograd.Function):
     """One node of the graph, by one of two plans.
 
@@ -73,21 +90,20 @@ class _LogLikelihood(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         batched = is_batched(incoming)  # is_grads_batched=True: many incoming gradients at once
         gradient: Tensor | None = None
-        if not batched and not torch.is_grad_enabled():
+        if not batched and not torch.is_grad_enabled() and not has_tangents():
             gradient, ctx.gradient = ctx.gradient, None  # handed on once: from then on it is the user's
         if gradient is not None:
             return gradient if incoming.item() == 1.0 else gradient.mul_(incoming), None, None, None
         logits, *saved = ctx.saved_tensors
         count = len(ctx.names)
         label = ctx.label.replace(dict(zip(ctx.names, saved[:count], strict=True)))
-        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
-            total = formula.log_likelihood(label, logits)
-            total = total.sum() if ctx.reduce else total
-            (gradient,) = torch.autograd.grad(total, logits, incoming, create_graph=True)
+        if torch.is_grad_enabled() or has_tangents():  # create_graph=True: the gradient is to be differentiated
+            gradient = _differentiable_gradient(label, logits, incoming, ctx.reduce)
         elif batched:
             rows = () if ctx.reduce else logits.shape[:1] + logits.shape[2:]
             one = logits.new_ones(rows, dtype=working_dtype(logits))
-            gradient = (eager.gradient(label, logits, one, ()) * column(incoming)).to(logits.dtype)
+            exact = logits.detach().to(working_dtype(logits))
+            gradient = (eager.gradient(label, exact, one, ()) * column(incoming)).to(logits.dtype)
         else:
             gradient = ctx.backend.gradient(label, logits, incoming, tuple(saved[count:]))
         return gradient, None, None, None

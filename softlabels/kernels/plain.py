@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -16,8 +19,24 @@ def is_batched(tensor: Tensor) -> bool:
     return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
 
 
+def has_tangents() -> bool:
+    """Whether forward-mode differentiation is under way."""
+    return forward_ad._current_level >= 0
+
+
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """The numbers of a plain tensor on the CPU, in a dtype that numpy knows."""
+    tensor = tensor.detach().resolve_neg()
+    if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.float()
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are tensors with data, and nobody but autograd looks at the operations on them."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or has_tangents():
+        return False
+    if torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return False
     return all(type(t) in _PLAIN and not t.is_meta for t in tensors)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softlabels.kernels.plain import is_plain
+from softlabels.kernels.plain import is_plain, to_numpy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,13 +76,13 @@ class SoftLabel:
             return 0.0
         if self.class_weight is None or is_number(self.hard, 0.0):
             return self.hard
-        return times(self.hard, self.class_weight[self.target])
+        return product(self.hard, self.class_weight[self.target], careful=True)
 
     def rest(self, careful: bool) -> Coefficient:
         """All but the part of an index label; broadcasts over (N, K, d1, ...)."""
         rest = self.prior(careful)
         if self.target.is_floating_point() and not is_number(self.hard, 0.0):
-            label = self.weighted(times(column(self.hard), self.target))
+            label = self.weighted(product(column(self.hard), self.target, careful))
             return label if is_number(rest, 0.0) else rest + label
         return rest
 
@@ -174,6 +174,8 @@ class Teacher(SoftLabel):
         """w_c weight max(soft q_c + shift, 0)."""
         if is_number(self.shift, 0.0):
             soft = times(self.weight, self.soft)
+            if careful and isinstance(self.soft, Tensor) and isinstance(self.weight, Tensor):
+                soft = product(self.weight, self.soft, careful)
             return soft if is_number(soft, 0.0) else self.weighted(product(column(soft), self._softmax(), careful))
         prior = (product(column(self.soft), self._softmax(), careful) + self.shift).clamp_min(0.0)
         return self.weighted(product(column(self.weight), prior, careful))
@@ -253,8 +255,6 @@ def _largest(values: Tensor, rank: int) -> Tensor:
     """The ``rank``-th largest number of each row, without a sort of the row; the class dimension stays, of size 1."""
     if not _can_be_numpy(values):
         return values.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True)
-    half = values.dtype in (torch.bfloat16, torch.float16)
-    array = (values.float() if half else values).detach().numpy()
     place = values.shape[1] - rank
-    chosen = np.partition(array, place, axis=1)[:, place : place + 1]  # a quarter of the time of topk
+    chosen = np.partition(to_numpy(values), place, axis=1)[:, place : place + 1]  # a quarter of the time of topk
     return torch.from_numpy(np.ascontiguousarray(chosen)).to(values.dtype)

@@ -7,10 +7,12 @@ import sys
 import warnings
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 import softlabels
 from softlabels import functional, kernels
@@ -213,3 +215,36 @@ def test_auto_compiles_where_it_is_told_to(monkeypatch):
     with softlabels.backend("auto"), patch.object(compiled, "_run", wraps=compiled._run) as run:
         functional.label_smoothing_map_loss(logits, target, beta=0.2, reduction="none").sum().backward()
     assert run.call_count == 2
+
+
+def test_what_watches_operations_sees_them():
+    smoothed(8, 11)
+    with FlopCounterMode(display=False):
+        smoothed(8, 11)
+    smoothed(8, 11)
+
+
+def test_layouts_and_shapes_do_not_use_versions_up():
+    target = torch.randint(13, (3, 4, 5))
+    for shape in ((3, 4, 5), (3, 1, 5), (3, 4, 1), (3, 1, 1), (2, 3, 4)):
+        for layout in ("contiguous", "classes last", "expanded"):
+            logits = torch.randn(shape[0], 13, *shape[1:])
+            if layout == "classes last":
+                logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
+            elif layout == "expanded":
+                logits = logits[:, :1].expand(logits.shape)
+            rows = target[: shape[0], : shape[1], : shape[2]]
+            loss = functional.label_smoothing_map_loss(logits.requires_grad_(), rows, beta=0.2)
+            with softlabels.backend("eager"):
+                wanted = functional.label_smoothing_map_loss(logits, rows, beta=0.2)
+            torch.testing.assert_close(loss, wanted)
+
+
+def test_numbers_of_any_kind_are_inputs():
+    logits, target, teacher_logits = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.randn(4, 3)
+
+    def loss(**options):
+        return functional.self_distillation_loss(logits, target, teacher_logits, **options)
+
+    assert compilations(lambda: loss(alpha=0.3, temperature=2.5)) <= 1
+    assert compilations(lambda: [loss(alpha=np.float32(0.3), temperature=t) for t in (2, np.int64(3), 4.5)]) == 0

@@ -11,6 +11,7 @@ import torch
 from cases import CASES, calls
 from hypothesis import given
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softlabels
@@ -192,3 +193,98 @@ def test_pruning_keeps_the_lower_index_among_equals():
     teacher_logits = torch.tensor([[1.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     q = kernels.teacher_probabilities(teacher_logits, 1.0, 2, torch.float32)
     assert (q > 0).tolist() == [[True, True, False, False], [True, True, False, False]]
+
+
+def smoothed(logits, target=None, **options):
+    target = torch.tensor([0, 1, 2, 0]) if target is None else target
+    return functional.label_smoothing_map_loss(logits, target, beta=0.2, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*create_graph=True will create a reference cycle")
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hooks_on_the_logits_run_once(create_graph):
+    x = torch.randn(4, 3, requires_grad=True)
+    logits = x * 1
+    logits.register_hook(lambda gradient: 2 * gradient)
+    logits.retain_grad()
+    smoothed(logits).backward(create_graph=create_graph, inputs=[x, logits])
+    (wanted,) = torch.autograd.grad(smoothed(x), x)
+    torch.testing.assert_close(x.grad, 2 * wanted)
+    torch.testing.assert_close(logits.grad, 2 * wanted)
+
+
+def test_teachers_and_labels_of_inference_mode():
+    logits = torch.randn(4, 3, requires_grad=True)
+    with torch.inference_mode():
+        teacher_logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    for options in ({"temperature": 1.0}, {"reduction": "sum"}):
+        functional.self_distillation_loss(logits, target, teacher_logits, **options).backward()
+    with torch.inference_mode():
+        assert smoothed(logits).isfinite()
+
+
+def test_ignored_rows_and_classes_of_infinite_weight():
+    """Inverse frequencies, where class 0 occurs nowhere."""
+    weight, target = torch.tensor([torch.inf, 1.0, 1.0]), torch.tensor([1, 2, -100, 1])
+    logits = torch.randn(4, 3, requires_grad=True)
+    wanted = torch.nn.functional.cross_entropy(logits, target, weight)
+    for loss in (functional.label_smoothing_map_loss, functional.confidence_penalty_loss):
+        torch.testing.assert_close(loss(logits, target, beta=0.0, weight=weight), wanted)
+
+
+def test_rows_of_no_weight_may_be_junk():
+    sample_weight = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    target = torch.rand(4, 3).softmax(1)
+    target[1] = torch.nan
+    logits = torch.randn(4, 3, requires_grad=True)
+    assert smoothed(logits, target, sample_weight=sample_weight).isfinite()
+    loss = functional.dirichlet_map_loss(
+        logits, torch.tensor([0, 1, 2, 0]), target, sample_weighting="exact", sample_weight=sample_weight
+    )
+    assert loss.isfinite()
+
+
+def test_weights_count_by_their_ratio_however_small():
+    logits = torch.randn(4, 3)
+    torch.testing.assert_close(smoothed(logits, sample_weight=torch.full((4,), 1e-38)), smoothed(logits))
+
+
+def test_a_loss_scale_with_many_incoming_gradients_in_half_precision():
+    logits = torch.randn(4, 3).half().requires_grad_()
+    loss, scales = smoothed(logits), torch.tensor([65536.0])
+    (many,) = torch.autograd.grad(loss, logits, scales, is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(loss, logits, scales[0])
+    torch.testing.assert_close(many[0], one)
+
+
+def test_forward_mode_through_a_backward_pass():
+    logits = torch.randn(4, 3, requires_grad=True)
+    loss = smoothed(logits)
+    (wanted,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    with forward_ad.dual_level():
+        (gradient,) = torch.autograd.grad(loss, logits, forward_ad.make_dual(torch.tensor(1.0), torch.tensor(1.0)))
+        torch.testing.assert_close(forward_ad.unpack_dual(gradient).tangent, wanted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracers_see_the_formula():
+    """Also that rows may be ignored, though none is while they trace."""
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, -100, 0])
+    seen = logits, target.clamp(min=0)
+
+    def loss(logits, target):
+        return smoothed(logits, target)
+
+    for traced in (make_fx(loss)(*seen), torch.jit.trace(loss, seen)):
+        torch.testing.assert_close(traced(logits, target), smoothed(logits, target))
+
+
+def test_confidences_and_teachers_that_numpy_does_not_know():
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    negative = torch.randn(4, 3, dtype=torch.cfloat).conj().imag  # a view with a negative bit
+    assert functional.beta_smoothing_loss(logits, target, negative[:, 0]).isfinite()
+    for teacher_logits in (negative, negative.bfloat16(), negative.half()):
+        pruned = functional.pruned_distillation_loss(logits, target, teacher_logits)
+        torch.testing.assert_close(
+            pruned, functional.pruned_distillation_loss(logits, target, teacher_logits.float().clone())
+        )
