@@ -112,9 +112,9 @@ def test_compilations_are_few():
 
 def test_many_numbers_of_classes_stay_compiled():
     """torch.compile gives a function up, silently, after eight versions."""
-    for num_classes in range(20, 30):
+    for num_classes in range(41, 51):  # that no other test has
         assert compilations(lambda k=num_classes: smoothed(4, k)) == 1
-    assert compilations(lambda: [smoothed(4, k) for k in range(20, 30)]) == 0
+    assert compilations(lambda: [smoothed(4, k) for k in range(41, 51)]) == 0
 
 
 def test_labels_that_no_class_has():
