@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import softlabels
 from benchmarks.speed.timing import Measurement, Run, compare, keep_freed_memory, peak_allocated, seconds
-from softlabels import functional
+from softlabels import functional, tuning
 
 TITLE = "Losses"
 SHAPES = ("128x10", "128x100", "256x1000", "256x10000", "2048x32000")
@@ -113,7 +113,7 @@ def smoothing_losses(target: Tensor, classes: int, dtype: torch.dtype, device: t
         losses["Liger-Kernel's cross-entropy, smoothed"] = liger
     for backend in BACKENDS:
         losses[f"softlabels.LabelSmoothingMAPLoss, {backend}"] = _on(
-            backend, lambda x: functional.label_smoothing_map_loss(x, target, beta=0.1 / 0.9)
+            backend, lambda x: functional.label_smoothing_map_loss(x, target, beta=tuning.smoothing_to_beta(0.1))
         )
         losses[f"softlabels.BetaSmoothingLoss, {backend}"] = _on(
             backend, lambda x: functional.beta_smoothing_loss(x, target, confidence)
@@ -133,7 +133,7 @@ def linear_losses(target: Tensor, classes: int, dtype: torch.dtype, device: torc
         losses["nn.LinearCrossEntropyLoss(label_smoothing=0.1)"] = lambda x: joint(x, target)
     for backend in BACKENDS:
         losses[f"nn.Linear and softlabels.LabelSmoothingMAPLoss, {backend}"] = _on(
-            backend, lambda x: functional.label_smoothing_map_loss(layer(x), target, beta=0.1 / 0.9)
+            backend, lambda x: functional.label_smoothing_map_loss(layer(x), target, beta=tuning.smoothing_to_beta(0.1))
         )
     return losses
 

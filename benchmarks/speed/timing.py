@@ -124,11 +124,11 @@ def keep_freed_memory() -> bool:
 
 def peak_allocated(run: Run, device: torch.device) -> float:
     """MiB that torch's allocator holds during a run, at most, beyond what it held before."""
-    run()
     if device.type == "cuda":
         peak = peak_memory(run, device)
         assert peak is not None
         return peak
+    run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     results = profile.profiler and profile.profiler.kineto_results

@@ -59,7 +59,7 @@ def beta_draws(
     if confidence is None:
         return _rand(rows.shape, dtype, device, generator) ** (1.0 / concentration)
     score = rows.row_argument("confidence", confidence).detach()
-    if device.type == "cpu" and not joint and kernels.is_plain(score):
+    if not joint and kernels.can_be_numpy(score):
         return _by_numpy(score, rows.kept, _rand((score.numel() + 1,), dtype, device, generator), concentration)
     if not score.is_floating_point():
         score = score.to(dtype)

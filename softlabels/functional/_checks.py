@@ -196,7 +196,7 @@ def peek(condition: Tensor) -> bool | None:
 
 def peek_range(values: Tensor) -> tuple[int, int] | None:
     """The least and the greatest of whole numbers, where there are some and that can be read for nothing."""
-    if values.device.type != "cpu" or values.numel() == 0 or not kernels.is_plain(values):
+    if values.numel() == 0 or not kernels.can_be_numpy(values):
         return None
-    array = values.detach().numpy()
+    array = kernels.to_numpy(values)
     return int(array.min()), int(array.max())

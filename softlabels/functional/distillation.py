@@ -11,6 +11,7 @@ from softlabels import kernels
 from softlabels.functional import _checks
 from softlabels.functional._rows import Rows, factor, finish, prepare
 from softlabels.functional._targets import label_probabilities
+from softlabels.functional._two_level import uniform_prior_loss
 
 
 def self_distillation_loss(
@@ -73,7 +74,7 @@ def self_distillation_loss(
     teacher_logits = rows.teacher_argument(teacher_logits)
     if not scale_student:
         return _mixture(rows, rows.logits, teacher_logits, alpha, 1 - alpha, reduction, temperature=temperature)
-    hard = _mixture(rows, rows.logits, teacher_logits, alpha, 0.0, reduction)
+    hard = uniform_prior_loss(rows, alpha, 0.0, reduction)
     scaled = rows.logits.to(kernels.working_dtype(rows.logits)) / temperature
     soft = (1 - alpha) * temperature**2
     return hard + _mixture(rows, scaled, teacher_logits, 0.0, soft, reduction, temperature=temperature)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softlabels.kernels import automatic, compiled, eager, formula, fused
 from softlabels.kernels.backend import backend, get_backend, set_backend
-from softlabels.kernels.plain import is_plain, to_numpy
+from softlabels.kernels.plain import can_be_numpy, to_numpy
 from softlabels.kernels.soft_label import (
     Coefficient,
     SoftLabel,
@@ -30,10 +30,10 @@ from softlabels.kernels.soft_label import (
 __all__ = [
     "Coefficient",
     "backend",
+    "can_be_numpy",
     "column",
     "confidence_penalty",
     "get_backend",
-    "is_plain",
     "set_backend",
     "teacher",
     "teacher_probabilities",

@@ -27,7 +27,7 @@ def values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]
 
 def total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the values of all rows and its gradient, in the dtype of the logits."""
-    blocks = list(_blocks(logits)) if logits.numel() > BLOCK else None
+    blocks = list(_blocks(logits))
     if not blocks:
         return _block(label, logits, None)
     gradient = torch.empty_like(logits)
@@ -104,8 +104,8 @@ def _dense(label: SoftLabel, like: Tensor, careful: bool) -> Tensor:
 def _at_label(target: Tensor, amount: Coefficient, like: Tensor) -> tuple[Tensor, Tensor]:
     """Where in the rows to add how much."""
     index = target.unsqueeze(1)
-    share = amount if isinstance(amount, Tensor) else like.new_full((), amount)
-    return index, (share.unsqueeze(1) if share.dim() else share).expand(index.shape)
+    share = column(amount)
+    return index, (share if isinstance(share, Tensor) else like.new_full((), share)).expand(index.shape)
 
 
 def _written(gradient: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:

@@ -74,7 +74,7 @@ class _LogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, label: SoftLabel, backend: ClosedForm, reduce: bool) -> Tensor:
         tensors = label.tensors()
-        ctx.label, ctx.names = label.without_tensors(), list(tensors)
+        ctx.label, ctx.names = label.replace(dict.fromkeys(tensors)), list(tensors)
         ctx.backend, ctx.reduce = backend, reduce
         ctx.gradient = None
         known: tuple[Tensor, ...] = ()

@@ -24,6 +24,11 @@ def has_tangents() -> bool:
     return forward_ad._current_level >= 0
 
 
+def can_be_numpy(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be read and worked on by numpy."""
+    return tensor.device.type == "cpu" and is_plain(tensor)
+
+
 def to_numpy(tensor: Tensor) -> NDArray[Any]:
     """The numbers of a plain tensor on the CPU, in a dtype that numpy knows."""
     tensor = tensor.detach().resolve_neg()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softlabels.kernels.plain import is_plain, to_numpy
+from softlabels.kernels.plain import can_be_numpy, to_numpy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -116,12 +116,6 @@ class SoftLabel:
     def replace(self, fields: dict[str, Any]) -> Self:
         """The same with some other fields; not to be traced."""
         return type(self)(**{**vars(self), **fields})
-
-    def without_tensors(self) -> Self:
-        """The same, with nothing in the place of tensors; quickly, as nothing is checked or derived."""
-        result = object.__new__(type(self))
-        vars(result).update(vars(self), **dict.fromkeys(self.tensors()))
-        return result
 
     def rows(self, chosen: slice) -> Self:
         """The soft labels of some rows of dimension 0."""
@@ -238,7 +232,7 @@ def prune(teacher_logits: Tensor, keep: int) -> Tensor:
     """-inf for all but the ``keep`` largest logits of each row; among equal ones the lower class index is kept."""
     threshold = _largest(teacher_logits, keep)
     pruned = ~(teacher_logits >= threshold)
-    if not _can_be_numpy(teacher_logits) or np.any(
+    if not can_be_numpy(teacher_logits) or np.any(
         np.count_nonzero(pruned.numpy(), axis=1) < teacher_logits.shape[1] - keep
     ):  # equal ones
         level = teacher_logits == threshold
@@ -247,13 +241,9 @@ def prune(teacher_logits: Tensor, keep: int) -> Tensor:
     return teacher_logits.masked_fill(pruned, -torch.inf)
 
 
-def _can_be_numpy(values: Tensor) -> bool:
-    return values.device.type == "cpu" and is_plain(values)
-
-
 def _largest(values: Tensor, rank: int) -> Tensor:
     """The ``rank``-th largest number of each row, without a sort of the row; the class dimension stays, of size 1."""
-    if not _can_be_numpy(values):
+    if not can_be_numpy(values):
         return values.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True)
     place = values.shape[1] - rank
     chosen = np.partition(to_numpy(values), place, axis=1)[:, place : place + 1]  # a quarter of the time of topk
