@@ -3,53 +3,139 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
+import shlex
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.paper import comparison, report
+from benchmarks.paper import report
 from benchmarks.paper.data import DATASETS
+from benchmarks.paper.experiment import Results
+from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.models import MODELS, ModelSpec
 from benchmarks.paper.recipe import Recipe
+from benchmarks.paper.schedule import do, prepare
+from benchmarks.paper.setting import PRESETS, Setting, preset
+from benchmarks.paper.statistics import Claim
+from benchmarks.paper.store import Store
+
+HERE = {"out", "workers", "data_dir"}  # options that say where and how, and change no number
+
+
+def fractions(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas, each a fraction like 1/3 or a decimal."""
+    numbers = []
+    for part in text.split(","):
+        numerator, _, denominator = part.partition("/")
+        numbers.append(float(numerator) / float(denominator or 1))
+    return tuple(numbers)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser; an option that is not given is the preset's."""
+    names = "\n".join(f"  {name:20}{e.title} ({e.figure})" for name, e in EXPERIMENTS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper",
+        description=f"The paper's experiments, each with a table, a figure and verdicts:\n\n{names}",
+        epilog="Runs are stored in OUT/runs.jsonl: what is there is not trained again.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help="or all")
+    parser.add_argument("--preset", choices=PRESETS, default="laptop", help="default %(default)s")
+    parser.add_argument("--dataset", choices=DATASETS)
+    parser.add_argument("--train-size", type=int, help="use so many of the training samples")
+    parser.add_argument("--pairs", type=int, help="of fashion-pairs: training and validation pairs")
+    parser.add_argument("--size", type=int, help="of fashion-pairs: height of an image, a divisor of 28")
+    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--other-model", choices=MODELS, help="the second network of cross-distillation")
+    parser.add_argument("--width", type=int, help="channels of the first stage, or growth rate")
+    parser.add_argument("--seeds", type=int, help="runs per method")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: cores)")
+    parser.add_argument("--ema-decay", type=float, help="of Beta smoothing")
+    parser.add_argument("--generations", type=int, help="of sequential")
+    for name in ("temperatures", "student-temperatures", "student-alphas", "fractions", "weight-decays", "prunes"):
+        parser.add_argument(f"--{name}", type=fractions, metavar="X,X,...")
+    recipe = parser.add_argument_group("recipe")
+    for name, kind in Recipe.__annotations__.items():
+        flag = f"--{name.replace('_', '-')}"
+        if "bool" in kind:
+            recipe.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+        elif "tuple" in kind:
+            recipe.add_argument(flag, type=fractions, metavar="X,X,...")
+        else:
+            recipe.add_argument(flag, type=int if "int" in kind else float)
+    parser.add_argument("--data-dir", type=Path, help="folder of the data set, in the layout of its official archive")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder (default %(default)s)")
+    return parser
+
+
+def make_setting(options: argparse.Namespace) -> Setting:
+    """Lay the options over the preset."""
+    setting = preset(options.preset, options.dataset, options.model)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    parts = {
+        "data": {name: given[name] for name in ("train_size", "pairs", "size") if name in given},
+        "recipe": {name: given[name] for name in Recipe.__annotations__ if name in given},
+        "model": {name: given[name] for name in ("width",) if name in given},
+    }
+    for name, changes in parts.items():
+        setting = replace(setting, **{name: replace(getattr(setting, name), **changes)})
+    if setting.other_recipe is not None:
+        setting = replace(setting, other_recipe=replace(setting.other_recipe, **parts["recipe"]))
+    if "other_model" in given:
+        setting = replace(setting, other_model=ModelSpec(given["other_model"]))
+    own = ("seeds", "device", "ema_decay", "generations", "temperatures", "student_temperatures", "student_alphas")
+    own += ("fractions", "weight_decays", "prunes")
+    return replace(setting, **{name: given[name] for name in own if name in given})
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one experiment and print and save its results."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description="The paper's experiments.")
-    parser.add_argument("experiment", choices=["comparison"], help="comparison: every method on one data set (Fig. 3)")
-    parser.add_argument("--dataset", choices=DATASETS, default="digits")
-    parser.add_argument("--depth", type=int, default=8, help="depth of the CIFAR ResNet, 6n + 2 (default %(default)s)")
-    parser.add_argument("--width", type=int, default=16, help="channels of its first stage (default %(default)s)")
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="default %(default)s")
-    parser.add_argument("--seeds", type=int, default=4, help="runs per method (default %(default)s)")
-    parser.add_argument("--ema-decay", type=float, default=comparison.Comparison.ema_decay, help="default %(default)s")
-    parser.add_argument("--device", default="cpu", help="default %(default)s")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: cores)")
-    parser.add_argument("--out", type=Path, default=Path("runs/comparison"), help="folder (default %(default)s)")
+    """Do the runs that are missing; print and save tables, figures and verdicts."""
+    parser = make_parser()
     options = parser.parse_args(arguments)
-    for name in ("epochs", "seeds", "workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-
-    config = comparison.Comparison(
-        dataset=options.dataset,
-        depth=options.depth,
-        width=options.width,
-        ema_decay=options.ema_decay,
-        device=options.device,
-        recipe=Recipe(epochs=options.epochs),
-    )
-    command = (
-        f"python -m benchmarks.paper {options.experiment} --dataset {options.dataset} --depth {options.depth} "
-        f"--width {options.width} --epochs {options.epochs} --seeds {options.seeds} --ema-decay {options.ema_decay} "
-        f"--device {options.device}"
-    )
+    if options.workers < 1:
+        parser.error(f"workers must be at least 1, got {options.workers}")
+    try:
+        setting = make_setting(options)
+        names = list(EXPERIMENTS) if "all" in options.experiment else list(dict.fromkeys(options.experiment))
+        plans = {name: EXPERIMENTS[name].plan(setting) for name in names}
+    except ValueError as error:
+        parser.error(str(error))
     start = time.perf_counter()
-    records = comparison.run(config, options.seeds, min(options.workers, options.seeds))
-    title = f"{options.dataset}, ResNet-{options.depth}, {options.seeds} seeds"
-    text = report.save(options.out, title, dataclasses.asdict(config), records, command)
-    print(f"\n{title}: test set, mean ± half-width of the 95% interval\n\n{text}\n")
-    print(f"{time.perf_counter() - start:.0f} s; records, table and figure in {options.out}/")
+    store = Store(options.out)
+    runs = [run.with_seed(seed) for plan in plans.values() for run in plan.values() for seed in range(setting.seeds)]
+    try:
+        prepare(runs, store, options.data_dir)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    do(runs, store, options.workers, options.data_dir)
+    claims: dict[str, list[Claim]] = {}
+    for name, plan in plans.items():
+        results = Results(plan, setting.seeds, store)
+        claims[name] = report.save(options.out / name, EXPERIMENTS[name], setting, results, _command(arguments))
+        print("\n" + (options.out / name / "table.md").read_text())
+    if len(names) > 1:
+        table = report.verdict_table(claims)
+        (options.out / "verdicts.md").write_text(f"# Verdicts: {setting.describe()}\n\n{table}\n")
+        print(f"\n{table}\n")
+    print(f"{time.perf_counter() - start:.0f} s; runs, tables and figures in {options.out}/")
+
+
+def _command(arguments: list[str] | None) -> str:
+    """The command without the options that change no number."""
+    words = iter(sys.argv[1:] if arguments is None else arguments)
+    kept = []
+    for word in words:
+        name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
+        if word.startswith("--") and name in HERE:
+            if not value:
+                next(words, None)
+        else:
+            kept.append(word)
+    return f"python -m benchmarks.paper {shlex.join(kept)}"
 
 
 if __name__ == "__main__":

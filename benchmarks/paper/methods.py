@@ -2,40 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import softlabels
-from benchmarks.paper.data import Data
 from softlabels import tuning
 
 TRUE_CLASS = 0.85  # average soft-label value of the true class in every smoothing method (sec. 7.1)
-
-Criterion = Callable[[nn.Module, nn.Module | None, Data, float], nn.Module]  # (model, teacher, data, EMA decay)
-
-
-def _smoothing(data: Data) -> float:
-    return tuning.label_smoothing_for(TRUE_CLASS, data.num_classes)
+ALPHA = 0.6  # weight of the hard label in distillation (sec. 7.1)
 
 
-METHODS: dict[str, Criterion] = {
-    "cross-entropy": lambda model, teacher, data, decay: nn.CrossEntropyLoss(),
-    "label smoothing": lambda model, teacher, data, decay: nn.CrossEntropyLoss(label_smoothing=_smoothing(data)),
-    "Beta smoothing": lambda model, teacher, data, decay: softlabels.BetaSmoothingLoss(
-        label_smoothing=_smoothing(data), ema_decay=decay
-    ).attach(model),
-    "Beta smoothing, history": lambda model, teacher, data, decay: softlabels.BetaSmoothingLoss(
-        label_smoothing=_smoothing(data), ema_decay=decay, ranking="history", num_samples=len(data.train.labels)
-    ),
-    "random Beta smoothing": lambda model, teacher, data, decay: softlabels.BetaSmoothingLoss(
-        label_smoothing=_smoothing(data), ranking="random"
-    ),
-    "self-distillation": lambda model, teacher, data, decay: softlabels.SelfDistillationLoss().attach(
-        model, teacher=teacher
-    ),
-    "pruned self-distillation": lambda model, teacher, data, decay: softlabels.PrunedDistillationLoss().attach(
-        model, teacher=teacher
-    ),
+@dataclass(frozen=True)
+class Method:
+    """A criterion by name, with every option that decides what it computes."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a criterion may need to know: the student, its training set, and its teacher, if there is one."""
+
+    model: nn.Module
+    num_classes: int
+    labels: Tensor
+    teacher: nn.Module | None = None
+    teacher_logits: Tensor | None = None  # of the training set, in its order
+
+
+def cross_entropy() -> Method:
+    """Plain cross-entropy."""
+    return Method("cross-entropy")
+
+
+def label_smoothing(true_class: float = TRUE_CLASS) -> Method:
+    """torch's label smoothing, with the given share of the true class."""
+    return Method("label smoothing", {"true_class": true_class})
+
+
+def beta_smoothing(
+    *,
+    ema_decay: float,
+    true_class: float = TRUE_CLASS,
+    alpha: float = 0.4,
+    ranking: str = "ema",
+    rank_by: str = "max",
+) -> Method:
+    """Beta smoothing (sec. 6) with the given average share of the true class."""
+    options = {"true_class": true_class, "alpha": alpha, "ranking": ranking, "rank_by": rank_by}
+    return Method("Beta smoothing", {**options, "ema_decay": ema_decay})
+
+
+def self_distillation(
+    *, temperature: float | None = None, alpha: float = ALPHA, scale_student: bool = False, prune: float = 0.0
+) -> Method:
+    """Distillation (Eq. 3), pruned (App. 9.7) where ``prune`` is not 0.
+
+    Without a temperature it is matched, so that the true class has the average share of label smoothing (sec. 7.1).
+    """
+    options = {"temperature": temperature, "alpha": alpha, "scale_student": scale_student, "prune": prune}
+    return Method("self-distillation", options)
+
+
+def dirichlet_map(sample_weighting: str, *, alpha: float = ALPHA) -> Method:
+    r"""Eq. 9, with beta such that ``alpha`` is the average share of the hard label.
+
+    Eq. 3 is Eq. 9 with weights of 1 and $\beta = (1 - \alpha) / \alpha$; with exact weights $S$ it is divided by their
+    mean over the training set. The temperature is matched as in ``self_distillation``.
+    """
+    return Method("instance Dirichlet MAP", {"sample_weighting": sample_weighting, "alpha": alpha})
+
+
+def matched_temperature(task: Task, alpha: float) -> float:
+    """Temperature at which the teacher smooths as much as label smoothing does (sec. 7.1).
+
+    Raises:
+        ValueError: the teacher is right too seldom on its training set for any temperature.
+    """
+    assert task.teacher_logits is not None
+    try:
+        return tuning.match_temperature(task.teacher_logits, task.labels, alpha=alpha, true_class=TRUE_CLASS)
+    except ValueError as error:
+        raise ValueError(f"a teacher has learnt too little to be matched with label smoothing: {error}") from error
+
+
+def mean_sample_weight(teacher_logits: Tensor, temperature: float) -> float:
+    r"""Mean over the training set of the weights $S = \sum_c \exp(f_c / T)$ of Eq. 9."""
+    return (teacher_logits.double() / temperature).logsumexp(1).exp().mean().item()
+
+
+def _make_label_smoothing(task: Task, true_class: float) -> nn.Module:
+    return nn.CrossEntropyLoss(label_smoothing=tuning.label_smoothing_for(true_class, task.num_classes))
+
+
+def _make_beta_smoothing(
+    task: Task, true_class: float, alpha: float, ranking: str, rank_by: str, ema_decay: float
+) -> nn.Module:
+    criterion = softlabels.BetaSmoothingLoss(
+        label_smoothing=tuning.label_smoothing_for(true_class, task.num_classes),
+        alpha=alpha,
+        ranking=ranking,
+        rank_by=rank_by,
+        ema_decay=ema_decay,
+        num_samples=len(task.labels) if ranking == "history" else None,
+    )
+    return criterion.attach(task.model) if ranking == "ema" else criterion
+
+
+def _make_self_distillation(
+    task: Task, temperature: float | None, alpha: float, scale_student: bool, prune: float
+) -> nn.Module:
+    temperature = matched_temperature(task, alpha) if temperature is None else temperature
+    if prune:
+        if scale_student:
+            raise ValueError("pruned distillation does not scale the student")
+        criterion = softlabels.PrunedDistillationLoss(prune=prune, alpha=alpha, temperature=temperature)
+    else:
+        criterion = softlabels.SelfDistillationLoss(alpha=alpha, temperature=temperature, scale_student=scale_student)
+    return criterion.attach(task.model, teacher=task.teacher)
+
+
+def _make_dirichlet_map(task: Task, sample_weighting: str, alpha: float) -> nn.Module:
+    assert task.teacher_logits is not None
+    temperature = matched_temperature(task, alpha)
+    beta = (1.0 - alpha) / alpha
+    if sample_weighting == "exact":
+        beta /= mean_sample_weight(task.teacher_logits, temperature)
+    criterion = softlabels.InstanceDirichletMAPLoss(
+        beta=beta, temperature=temperature, sample_weighting=sample_weighting
+    )
+    return criterion.attach(task.model, teacher=task.teacher)
+
+
+CRITERIA: dict[str, Callable[..., nn.Module]] = {
+    "cross-entropy": lambda task: nn.CrossEntropyLoss(),
+    "label smoothing": _make_label_smoothing,
+    "Beta smoothing": _make_beta_smoothing,
+    "self-distillation": _make_self_distillation,
+    "instance Dirichlet MAP": _make_dirichlet_map,
 }
-TEACHER = "cross-entropy"  # the method whose model teaches the others of the same seed
+
+
+def make_criterion(method: Method, task: Task) -> nn.Module:
+    """Make the criterion of a method. It touches no weight of the model and draws no random number."""
+    return CRITERIA[method.name](task, **method.options)

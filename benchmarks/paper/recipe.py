@@ -5,25 +5,56 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.data import Data, Split, random_shift
+from benchmarks.paper.data.dataset import Data, Normalise, Split, augment
 from softlabels import metrics
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The paper's optimisation (sec. 7.1, He et al.), every number an option."""
+    """The paper's optimisation (sec. 7.1, He et al.), every number an option.
 
-    epochs: int = 20
-    batch_size: int = 64
+    Args:
+        epochs: Passes over the training set.
+        batch_size: Samples per step; the last, smaller batch of an epoch is left out.
+        lr: Learning rate of SGD.
+        momentum: Its momentum.
+        weight_decay: Its weight decay, on every parameter.
+        milestones: Fractions of the epochs after which lr is multiplied by ``lr_factor``.
+        lr_factor: See above.
+        padding: Pixels of random shift; None is what is usual for the data set.
+        flip: Mirror half of the images; None is what is usual for the data set.
+        bf16: Run forward passes of training under autocast to bfloat16.
+        channels_last: Memory format of the network and its images.
+        compile: Compile the network with torch.compile for training.
+    """
+
+    epochs: int = 150
+    batch_size: int = 128
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    milestones: tuple[float, ...] = (1 / 3, 2 / 3)  # fractions of the epochs at which lr is multiplied by 0.1
-    padding: int = 1  # pixels of random shift
+    milestones: tuple[float, ...] = (1 / 3, 2 / 3)
+    lr_factor: float = 0.1
+    padding: int | None = None
+    flip: bool | None = None
+    bf16: bool = False
+    channels_last: bool = True
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers that a loop depends on."""
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def steps(self, samples: int) -> int:
+        """Optimizer steps of a whole training run on this many samples."""
+        return self.epochs * (samples // self.batch_size)
 
 
 def train(
@@ -32,55 +63,76 @@ def train(
     data: Data,
     recipe: Recipe,
     seed: int,
-    on_epoch: Callable[[], None] = lambda: None,
-) -> nn.Module:
-    """Train and return the model as it was at its best validation accuracy (the later epoch, among equals).
+    on_epoch: Callable[[int], None] = lambda steps: None,
+) -> list[dict[str, float]]:
+    """Train the model, leave it as it was at its best validation accuracy, and return the metrics of each epoch.
 
-    The order of the data and its augmentation depend on ``seed`` alone, so that methods are paired by seed.
+    The order of the data and its augmentation depend on ``seed`` alone, so that methods are paired by seed. Among
+    epochs of equal validation accuracy the later one is kept.
+
+    Raises:
+        ValueError: the training set is smaller than one batch.
+        FloatingPointError: the loss of an epoch is not finite.
     """
+    if len(data.train) < recipe.batch_size:
+        raise ValueError(f"batch_size={recipe.batch_size} is more than the {len(data.train)} training samples")
+    device = data.train.labels.device.type
+    padding = data.padding if recipe.padding is None else recipe.padding
+    flip = data.flip if recipe.flip is None else recipe.flip
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
-    steps = [round(fraction * recipe.epochs) for fraction in recipe.milestones]
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps)
-    images, labels = data.train.images, data.train.labels
-    wants_index = getattr(criterion, "ranking", None) == "history"  # which samples these are, for their own past
-    best, best_accuracy = copy.deepcopy(model.state_dict()), -1.0
-    for _ in range(recipe.epochs):
+    milestones = [round(fraction * recipe.epochs) for fraction in recipe.milestones]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, recipe.lr_factor)
+    normalise = Normalise(data.train.images)
+    run = torch.compile(model) if recipe.compile else model
+    needs_index = getattr(criterion, "ranking", None) == "history"  # which samples these are, for their own past
+    best, best_accuracy, history = copy.deepcopy(model.state_dict()), -1.0, []
+    for epoch in range(recipe.epochs):
         model.train()
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        for batch in order[: len(order) // recipe.batch_size * recipe.batch_size].split(recipe.batch_size):
-            which = {"index": batch} if wants_index else {}
-            loss = criterion(model(random_shift(images[batch], recipe.padding, generator)), labels[batch], **which)
+        order = torch.randperm(len(data.train), generator=generator).to(data.train.labels.device)
+        batches = order[: len(order) // recipe.batch_size * recipe.batch_size].split(recipe.batch_size)
+        total = torch.zeros((), dtype=torch.float64, device=order.device)
+        for index in batches:
+            images, labels = data.train.images[index], data.train.labels[index]
+            images = formatted(normalise(augment(images, padding, flip, generator)), recipe)
+            with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
+                loss = criterion(run(images), labels, **({"index": index} if needs_index else {}))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            total += loss.detach()
         scheduler.step()
-        validation_accuracy = accuracy(predict(model, data.validation), data.validation.labels)
-        if validation_accuracy >= best_accuracy:
-            best, best_accuracy = copy.deepcopy(model.state_dict()), validation_accuracy
-        on_epoch()
+        mean = total.item() / len(batches)
+        if not mean < float("inf"):
+            raise FloatingPointError(f"the training loss of epoch {epoch} is {mean}; try a smaller lr than {recipe.lr}")
+        validation = evaluate(predict(model, data.validation, normalise, recipe), data.validation.labels)
+        history.append({"loss": mean, **{name: validation[name] for name in ("accuracy", "ece", "nll")}})
+        if validation["accuracy"] >= best_accuracy:
+            best, best_accuracy = copy.deepcopy(model.state_dict()), validation["accuracy"]
+        on_epoch(len(batches))
     model.load_state_dict(best)
-    return model
+    return history
+
+
+def formatted(images: Tensor, recipe: Recipe) -> Tensor:
+    """Images in the memory format of the recipe."""
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    return images.contiguous(memory_format=layout)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split) -> Tensor:
-    """Logits of a split, in evaluation mode."""
+def predict(model: nn.Module, split: Split, normalise: Normalise, recipe: Recipe) -> Tensor:
+    """Logits of a split in float32, in evaluation mode."""
     model.eval()
-    return torch.cat([model(images) for images in split.images.split(512)])
+    return torch.cat([model(formatted(normalise(images), recipe)) for images in split.images.split(1000)])
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of right predictions in %."""
-    return 100.0 * (logits.argmax(1) == labels).double().mean().item()
-
-
-def evaluate(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Every metric of the tables, by the name of its column in the records."""
+def evaluate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Every metric of the tables; accuracy and ECE in %, the others in nats."""
     return {
-        "accuracy": accuracy(logits, labels),
+        "accuracy": 100.0 * (logits.argmax(1) == labels).double().mean().item(),
         "ece": 100.0 * metrics.calibration_error(logits, labels).item(),
         "nll": nn.functional.cross_entropy(logits.double(), labels).item(),
         "uncertainty": metrics.average_predictive_uncertainty(logits).item(),

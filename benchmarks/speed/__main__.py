@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.paper.report import provenance
+from benchmarks.provenance import hardware, versions
 from benchmarks.speed.timing import Measurement
 
 BENCHMARKS = {
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
             for name, value in settings.items()
         ]
     )
-    made = provenance(command_line)
+    made = {"command": command_line, **versions(), "hardware": hardware(options.device)}
     text = "\n\n".join(table(heading, rows) for heading, rows in results.items())
     note = (
         f"{benchmark.describe(options)} Made by `{command_line}` with softlabels {made['softlabels']}, torch "

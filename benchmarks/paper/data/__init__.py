@@ -1,0 +1,233 @@
+"""Data sets by name: ``load(DataSpec("digits"))``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.paper.data import cifar, fashion, image_folders
+from benchmarks.paper.data.dataset import Data, Split, hold_out
+from benchmarks.paper.data.digits import digits
+from benchmarks.paper.data.hub import HubName, read_hub
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A data set by name.
+
+    Args:
+        name: One of ``DATASETS``.
+        train_size: Use only so many of the training samples, always the first of the same order; None is all.
+        pairs: Number of training and validation pairs of fashion-pairs; None for every other data set.
+        size: Height of its images, and half their width; None for every other data set.
+    """
+
+    name: str
+    train_size: int | None = None
+    pairs: int | None = None
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.name not in DATASETS:
+            raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {self.name!r}")
+        for option in ("pairs", "size"):
+            if (getattr(self, option) is None) == (self.name == "fashion-pairs"):
+                raise ValueError(
+                    f"{option} is for fashion-pairs, and needed there; got {getattr(self, option)} for {self.name}"
+                )
+        if self.name == "fashion-pairs":
+            if self.size < 1 or 28 % self.size:
+                raise ValueError(f"size must divide 28, got {self.size}")
+            if self.pairs < 10:
+                raise ValueError(f"pairs must be at least 10, got {self.pairs}")
+        most = _train_size(self)
+        if self.train_size is not None and not 0 < self.train_size <= most:
+            raise ValueError(f"train_size must be from 1 to {most:,} for {self.name}, got {self.train_size}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that is not embedded: what it must be like, and where it comes from.
+
+    Args:
+        num_classes: Number of classes.
+        train: Number of training images.
+        test: Number of test images.
+        shape: Channels, height and width.
+        read: Reads a folder in the layout of the official archive.
+        archive: What that archive is called.
+        hub: Where it is on the Hugging Face hub.
+        padding: Pixels of random shift that are usual for it.
+        folder: Where a package of the operating system installs it.
+        slow: Whether it is worth keeping decoded.
+    """
+
+    num_classes: int
+    train: int
+    test: int
+    shape: tuple[int, int, int]
+    read: Callable[[Path], tuple[Split, Split]]
+    archive: str
+    hub: HubName
+    padding: int = 4
+    folder: Path | None = None
+    slow: bool = False
+
+
+SOURCES = {
+    "fashion-mnist": Source(
+        10,
+        60_000,
+        10_000,
+        (1, 28, 28),
+        fashion.read_fashion_mnist,
+        "the four IDX files of Fashion-MNIST (on Debian and Ubuntu: apt-get install dataset-fashion-mnist)",
+        HubName("zalando-datasets/fashion_mnist"),
+        padding=2,
+        folder=Path("/usr/share/datasets/fashion-mnist"),
+    ),
+    "cifar10": Source(
+        10,
+        50_000,
+        10_000,
+        (3, 32, 32),
+        cifar.read_cifar10,
+        "cifar-10-python.tar.gz, unpacked",
+        HubName("uoft-cs/cifar10", image="img"),
+    ),
+    "cifar100": Source(
+        100,
+        50_000,
+        10_000,
+        (3, 32, 32),
+        cifar.read_cifar100,
+        "cifar-100-python.tar.gz, unpacked",
+        HubName("uoft-cs/cifar100", image="img", label="fine_label"),
+    ),
+    "tiny-imagenet": Source(
+        200,
+        100_000,
+        10_000,
+        (3, 64, 64),
+        image_folders.read_tiny_imagenet,
+        "tiny-imagenet-200.zip, unpacked",
+        HubName("zh-plus/tiny-imagenet", test="valid"),
+        slow=True,
+    ),
+    "cub200": Source(
+        200,
+        5_994,
+        5_794,
+        (3, 224, 224),
+        image_folders.read_cub200,
+        "CUB_200_2011.tgz, unpacked",
+        HubName("Donghyun99/CUB-200-2011"),
+        padding=28,  # an eighth of the height, as CIFAR's 4
+        slow=True,
+    ),
+}
+DATASETS = ("digits", "fashion-pairs", *SOURCES)
+
+
+def train_size(spec: DataSpec) -> int:
+    """Number of training samples, without reading anything."""
+    return spec.train_size or _train_size(spec)
+
+
+def _train_size(spec: DataSpec) -> int:
+    if spec.name == "digits":
+        return 810
+    total = SOURCES[spec.name].train if spec.pairs is None else spec.pairs
+    return total - total // 10
+
+
+def load(spec: DataSpec, folder: Path | None = None, cache: Path | None = None) -> Data:
+    """Load a data set, on the CPU.
+
+    Args:
+        spec: Which.
+        folder: Where it lies, in the layout of the official archive. None: where a package of the operating system
+            puts it, or else the Hugging Face hub.
+        cache: Folder for decoded images of the sets that take long to decode.
+
+    Raises:
+        FileNotFoundError: it is not there; the message says how to get it.
+        ValueError: it is there, but its size, shape or classes are not those of the data set.
+    """
+    if spec.name == "digits":
+        data = digits()
+    elif spec.name == "fashion-pairs":
+        data = fashion.fashion_pairs(*_splits("fashion-mnist", folder, cache), spec.pairs, spec.size)
+    else:
+        source = SOURCES[spec.name]
+        train, test = _splits(spec.name, folder, cache)
+        data = Data(source.num_classes, *hold_out(train), test, padding=source.padding, flip=True)
+    if spec.train_size is not None:
+        data = replace(data, train=data.train.take(slice(spec.train_size)))
+    return data
+
+
+def _splits(name: str, folder: Path | None, cache: Path | None) -> tuple[Split, Split]:
+    """Training and test split of a source, checked."""
+    source = SOURCES[name]
+    if folder is None and source.folder is not None and source.folder.is_dir():
+        folder = source.folder
+    origin = "the hub" if folder is None else str(folder)
+    kept = None
+    if cache is not None and (source.slow or folder is None):
+        kept = cache / f"{name}-{hashlib.sha256(str(folder and folder.resolve()).encode()).hexdigest()[:8]}.pt"
+        if kept.exists():
+            stored = torch.load(kept, mmap=True)
+            return Split(stored["train"], stored["train_labels"]), Split(stored["test"], stored["test_labels"])
+    if folder is not None:
+        try:
+            train, test = source.read(folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no {name} in {folder} ({error.filename} is missing). {_ways(name)}") from None
+    elif importlib.util.find_spec("datasets") is None:
+        raise FileNotFoundError(f"{name} is not on this machine. {_ways(name)}")
+    else:
+        try:
+            train, test = read_hub(source.hub, source.shape[0], source.shape[1])
+        except (OSError, ValueError) as error:  # no connection, no such data set
+            raise FileNotFoundError(f"{name} could not be had from the hub: {error}. {_ways(name)}") from error
+    for part, split, count in (("training", train, source.train), ("test", test, source.test)):
+        _check(f"{part} split of {name} from {origin}", split, count, source)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}.part")
+        tensors = {"train": train.images, "train_labels": train.labels, "test": test.images, "test_labels": test.labels}
+        torch.save(tensors, part)
+        part.replace(kept)
+    return train, test
+
+
+def _ways(name: str) -> str:
+    source = SOURCES[name]
+    return (
+        f"Two ways to get it: give --data-dir a folder with {source.archive}; or pip install datasets, which "
+        f"downloads {source.hub.name} from the Hugging Face hub"
+    )
+
+
+def _check(what: str, split: Split, count: int, source: Source) -> None:
+    """Raise if a split is not what it should be."""
+    if len(split.images) != count or len(split.labels) != count:
+        raise ValueError(
+            f"the {what} should have {count:,} images and labels, got {len(split.images):,} and {len(split.labels):,}"
+        )
+    if tuple(split.images.shape[1:]) != source.shape:
+        raise ValueError(f"the {what} should have images of shape {source.shape}, got {tuple(split.images.shape[1:])}")
+    classes = split.labels.unique().tolist()
+    if classes != list(range(source.num_classes)):
+        raise ValueError(
+            f"the {what} should have each of {source.num_classes} classes, got {len(classes)} from {classes[0]} to "
+            f"{classes[-1]}"
+        )

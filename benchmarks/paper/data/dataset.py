@@ -1,0 +1,98 @@
+"""What a data set is here: bytes of images on one device, in the paper's three splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, channels, height, width) as uint8 and their labels (N,) as int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.labels)
+
+    def take(self, index: Tensor | slice) -> Split:
+        """Take some of the samples."""
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set with the paper's splits; validation is 10% of the training data (sec. 7.1).
+
+    ``padding`` (pixels of random shift) and ``flip`` (whether a mirrored image keeps its label) are the augmentation
+    that is usual for the data set.
+    """
+
+    num_classes: int
+    train: Split
+    validation: Split
+    test: Split
+    padding: int
+    flip: bool
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.train.images.shape[1]
+
+    def to(self, device: str) -> Data:
+        """Move every split to a device."""
+        move = {
+            name: Split(getattr(self, name).images.to(device), getattr(self, name).labels.to(device))
+            for name in ("train", "validation", "test")
+        }
+        return replace(self, **move)
+
+
+def hold_out(split: Split, count: int | None = None) -> tuple[Split, Split]:
+    """Shuffle, always in the same way, and split off ``count`` samples (10%): (the others, those)."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    count = len(split) // 10 if count is None else count
+    return split.take(order[count:]), split.take(order[:count])
+
+
+class Normalise:
+    """Bytes to float32 with mean 0 and deviation 1 per channel of the training images.
+
+    The statistics come of integer counts, so that they do not depend on the order of sums, threads or device.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        values = torch.arange(256, dtype=torch.float64)
+        moments = []
+        for channel in images.unbind(1):
+            count = torch.bincount(channel.reshape(-1).int(), minlength=256).double().cpu()
+            mean = (count * values).sum() / count.sum()
+            moments.append((mean, ((count * (values - mean) ** 2).sum() / count.sum()).sqrt()))
+        mean, deviation = torch.tensor(moments).float().T.reshape(2, 1, -1, 1, 1).to(images.device)
+        self.mean, self.deviation = mean, deviation.clamp(min=1.0)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise a batch."""
+        return (images.float() - self.mean) / self.deviation
+
+
+def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Crop each image at random from a version of itself with a black border, and mirror half of them.
+
+    The random numbers are drawn on the CPU, the work is done on the device of the images.
+    """
+    count, _, height, width = images.shape
+    if padding:
+        rows, columns = torch.randint(2 * padding + 1, (2, count), generator=generator).to(images.device)
+        windows = functional.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        images = windows[torch.arange(count, device=images.device), :, rows, columns]
+    if flip:
+        mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    return images

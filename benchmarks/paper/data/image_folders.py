@@ -1,0 +1,73 @@
+"""Data sets of image files: Tiny-ImageNet and CUB-200-2011, in the layout of their archives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.paper.data.dataset import Split
+
+
+def to_bytes(image: Any, size: int) -> Tensor:
+    """Pixels (3, size, size) of a Pillow image; one of another size is scaled and cut to its centre.
+
+    As for ImageNet, the shorter side is scaled to 8/7 of ``size`` (256 for 224).
+    """
+    from PIL import Image
+
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        scale = 8 * size / 7 / min(image.size)
+        width, height = (max(round(side * scale), size) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_images(paths: Sequence[Path], labels: Iterable[int], size: int) -> Split:
+    """Read image files in several threads."""
+    from PIL import Image
+
+    def read(path: Path) -> Tensor:
+        with Image.open(path) as image:
+            return to_bytes(image, size)
+
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool:
+        for index, pixels in enumerate(pool.map(read, paths)):
+            images[index] = pixels
+    return Split(images, torch.tensor(list(labels), dtype=torch.long))
+
+
+def read_tiny_imagenet(folder: Path) -> tuple[Split, Split]:
+    """Training split, and the labelled validation split for testing, of ``tiny-imagenet-200``."""
+    folder = folder / "tiny-imagenet-200" if (folder / "tiny-imagenet-200").is_dir() else folder
+    classes = {name: index for index, name in enumerate((folder / "wnids.txt").read_text().split())}
+    train = [path for name in classes for path in sorted((folder / "train" / name / "images").glob("*.JPEG"))]
+    labels = [classes[path.parent.parent.name] for path in train]
+    rows = [line.split("\t") for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
+    test = [folder / "val" / "images" / row[0] for row in rows]
+    return read_images(train, labels, 64), read_images(test, [classes[row[1]] for row in rows], 64)
+
+
+def read_cub200(folder: Path) -> tuple[Split, Split]:
+    """Training and test split of ``CUB_200_2011``, at 224 x 224 pixels."""
+    folder = folder / "CUB_200_2011" if (folder / "CUB_200_2011").is_dir() else folder
+
+    def column(name: str) -> list[str]:
+        return [line.split()[1] for line in (folder / name).read_text().splitlines()]
+
+    paths = [folder / "images" / name for name in column("images.txt")]
+    labels = [int(label) - 1 for label in column("image_class_labels.txt")]  # they count from 1
+    is_train = [flag == "1" for flag in column("train_test_split.txt")]
+    splits = []
+    for wanted in (True, False):
+        chosen = [index for index, flag in enumerate(is_train) if flag == wanted]
+        splits.append(read_images([paths[i] for i in chosen], [labels[i] for i in chosen], 224))
+    return splits[0], splits[1]

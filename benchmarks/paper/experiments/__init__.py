@@ -1,0 +1,32 @@
+"""The paper's experiments by name, in the order of its figures."""
+
+from __future__ import annotations
+
+from benchmarks.paper.experiment import Experiment
+from benchmarks.paper.experiments import (
+    analytic,
+    beta_ablation,
+    comparison,
+    cross_distillation,
+    pruned,
+    sample_weights,
+    sequential,
+    student_scaling,
+    temperature,
+    train_size,
+    weight_decay,
+)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "sequential": sequential.EXPERIMENT,
+    "temperature": temperature.EXPERIMENT,
+    "comparison": comparison.EXPERIMENT,
+    "student-scaling": student_scaling.EXPERIMENT,
+    "train-size": train_size.EXPERIMENT,
+    "weight-decay": weight_decay.EXPERIMENT,
+    "beta-ablation": beta_ablation.EXPERIMENT,
+    "cross-distillation": cross_distillation.EXPERIMENT,
+    "pruned": pruned.EXPERIMENT,
+    "sample-weights": sample_weights.EXPERIMENT,
+    "analytic": analytic.EXPERIMENT,
+}

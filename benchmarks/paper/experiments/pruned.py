@@ -1,0 +1,52 @@
+"""Fig. 9: distillation from the teacher's surest classes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.paper import figures
+from benchmarks.paper.experiment import Experiment, Plan, Results
+from benchmarks.paper.experiments.comparison import CE, SD
+from benchmarks.paper.methods import cross_entropy, self_distillation
+from benchmarks.paper.setting import Setting
+from benchmarks.paper.statistics import Claim, Part
+
+MARGIN = 0.5  # points of accuracy or ECE that count as no harm
+
+
+def _pruned(prune: float) -> str:
+    return f"{100 * prune:g}% of the classes pruned"
+
+
+def plan(setting: Setting) -> Plan:
+    """Make self-distillation, and the same with classes pruned; the temperature stays."""
+    teacher = setting.run(cross_entropy())
+    return {
+        CE: teacher,
+        SD: setting.run(self_distillation(), teacher),
+        **{_pruned(prune): setting.run(self_distillation(prune=prune), teacher) for prune in setting.prunes},
+    }
+
+
+def claims(setting: Setting, results: Results) -> list[Claim]:
+    """Decide C12, and what pruning much more does."""
+
+    def harmless(label: str) -> list[Part]:
+        return [
+            Part(f"accuracy, {label} - {SD}", results.difference(label, SD, "accuracy"), margin=MARGIN),
+            Part(f"ECE, {SD} - {label}", results.difference(SD, label, "ece"), margin=MARGIN),
+        ]
+
+    decided = [Claim("C12", "Pruning half of the classes does no harm", harmless(_pruned(0.5)))]
+    most = max(setting.prunes)
+    if most > 0.5:
+        decided.append(Claim(f"prune {most:g}", f"Nor does pruning {100 * most:g}% of them", harmless(_pruned(most))))
+    return decided
+
+
+def draw(setting: Setting, results: Results, folder: Path) -> None:
+    """Draw bars."""
+    figures.bars(setting, results, folder / "figure.png", "Fig. 9")
+
+
+EXPERIMENT = Experiment("Pruned distillation", "Fig. 9", plan, claims, draw)

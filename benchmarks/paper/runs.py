@@ -1,0 +1,173 @@
+"""One training run: a configuration, the key that it is stored under, and what comes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import softlabels
+from benchmarks.paper import models
+from benchmarks.paper.data import Data, DataSpec, load
+from benchmarks.paper.data.dataset import Normalise
+from benchmarks.paper.methods import Method, Task, make_criterion
+from benchmarks.paper.models import ModelSpec
+from benchmarks.paper.recipe import Recipe, evaluate, predict, train
+from benchmarks.provenance import hardware, versions
+from softlabels.metrics import reliability_curve
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides the numbers of one training run, its teacher's run included."""
+
+    data: DataSpec
+    model: ModelSpec
+    recipe: Recipe
+    method: Method
+    teacher: Run | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def with_seed(self, seed: int) -> Run:
+        """Give the same run and teachers with another seed."""
+        teacher = None if self.teacher is None else self.teacher.with_seed(seed)
+        return dataclasses.replace(self, seed=seed, teacher=teacher)
+
+    def config(self) -> dict[str, Any]:
+        """Plain values, for JSON; the teacher is given by its key."""
+        config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        config = {name: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for name, v in config.items()}
+        return {**config, "teacher": None if self.teacher is None else self.teacher.key}
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Hash of the configuration."""
+        text = json.dumps(self.config(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def execute(
+    run: Run,
+    checkpoints: Path,
+    save: bool,
+    folder: Path | None = None,
+    cache: Path | None = None,
+    on_epoch: Callable[[int], None] = lambda steps: None,
+) -> dict[str, Any]:
+    """Train, evaluate and return the record.
+
+    Args:
+        run: What to do.
+        checkpoints: Folder of the weights of teachers, by key.
+        save: Whether to leave the weights there.
+        folder: Where the data set lies; None for the usual places.
+        cache: Folder of decoded data sets.
+        on_epoch: Called with the number of optimizer steps after each epoch.
+    """
+    start = time.perf_counter()
+    data, normalise = _data(run.data, folder, cache, run.device)
+    torch.manual_seed(run.seed)
+    model = _make(run, data)
+    task = Task(model, data.num_classes, data.train.labels)
+    if run.teacher is not None:
+        teacher = _make(run.teacher, data)
+        teacher.load_state_dict(torch.load(checkpoints / f"{run.teacher.key}.pt", map_location=run.device))
+        teacher.requires_grad_(False)
+        task = dataclasses.replace(
+            task, teacher=teacher, teacher_logits=predict(teacher, data.train, normalise, run.teacher.recipe)
+        )
+    criterion = make_criterion(run.method, task)
+    torch.manual_seed(run.seed)  # whatever the model and its teacher drew, methods draw the same
+    epochs = train(model, criterion, data, run.recipe, run.seed, on_epoch)
+    if save:
+        _save(model, checkpoints / f"{run.key}.pt")
+    logits = {name: predict(model, getattr(data, name), normalise, run.recipe) for name in ("train", "validation")}
+    test = predict(model, data.test, normalise, run.recipe)
+    curve = vars(reliability_curve(test, data.test.labels))
+    found = {
+        **{name: evaluate(values, getattr(data, name).labels) for name, values in logits.items()},
+        "test": evaluate(test, data.test.labels),
+        "curve": {name: values.tolist() for name, values in curve.items()},
+        "soft_labels": _soft_labels(criterion, task),
+        "epochs": epochs,
+    }
+    return {
+        "key": run.key,
+        **run.config(),
+        **_rounded(found),
+        "seconds": round(time.perf_counter() - start, 2),
+        "versions": versions(),
+        "hardware": hardware(run.device),
+    }
+
+
+def _make(run: Run, data: Data) -> nn.Module:
+    model = models.make(run.model, data.num_classes, data.channels).to(run.device)
+    return model.to(memory_format=torch.channels_last) if run.recipe.channels_last else model
+
+
+@functools.lru_cache(maxsize=2)
+def _data(spec: DataSpec, folder: Path | None, cache: Path | None, device: str) -> tuple[Data, Normalise]:
+    data = load(spec, folder, cache).to(device)
+    return data, Normalise(data.train.images)
+
+
+def _soft_labels(criterion: nn.Module, task: Task) -> dict[str, Any]:
+    """What the criterion's labels were made with: matched parameters, and the teacher's labels on the training set."""
+    facts: dict[str, Any] = {}
+    if isinstance(criterion, softlabels.BetaSmoothingLoss):
+        facts["concentration"] = criterion.concentration_for(task.num_classes)
+    if task.teacher_logits is not None:
+        temperature = criterion.temperature
+        facts["temperature"] = temperature
+        facts["teacher"] = evaluate(task.teacher_logits / temperature, task.labels)
+        facts["sample_weights"] = sample_weight_spread(task.teacher_logits, temperature)
+    return facts
+
+
+def sample_weight_spread(teacher_logits: Tensor, temperature: float) -> dict[str, float]:
+    r"""How much the weights $S = \sum_c \exp(f_c / T)$ of Eq. 9 differ between training samples.
+
+    ``variation`` is the standard deviation of S over its mean, ``effective_share`` is
+    $(\sum S)^2 / (n \sum S^2)$: 1 where all are equal, 1/n where one sample has it all. The ``centred`` ones are of
+    logits whose mean over the classes was taken away row by row, which is what ``"normalized"`` weights use.
+    """
+    logits = teacher_logits.double() / temperature
+    spread = {}
+    for prefix, values in (("", logits), ("centred_", logits - logits.mean(1, keepdim=True))):
+        log_weight = values.logsumexp(1)
+        weight = (log_weight - log_weight.max()).exp()
+        spread[prefix + "variation"] = (weight.std(correction=0) / weight.mean()).item()
+        spread[prefix + "effective_share"] = (weight.sum() ** 2 / (len(weight) * (weight**2).sum())).item()
+    return spread
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    """Write a checkpoint whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    torch.save(model.state_dict(), part)
+    part.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits; null for nan and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,303 @@
+"""Experiments from the command line: resuming, sharing runs, planted effects, tables and figures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.paper import __main__ as command
+from benchmarks.paper import figures, report
+from benchmarks.paper.experiment import Results
+from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.recipe import Recipe
+from benchmarks.paper.schedule import missing
+from benchmarks.paper.setting import PRESETS, Setting, preset
+from benchmarks.paper.store import Store
+from softlabels.metrics import reliability_curve
+
+ROOT = Path(__file__).parents[3]
+SMOKE = ["--preset", "smoke", "--workers", "2"]
+
+
+def made_up(setting: Setting, name: str, folder: Path, effect: float, seeds: int = 6) -> Results:
+    """Results in which every claim of an experiment has an effect of this size, among noise of deviation 0.1."""
+    experiment, generator = EXPERIMENTS[name], np.random.default_rng(0)
+    plan = experiment.plan(setting)
+    store = Store(folder)
+    for position, (label, run) in enumerate(plan.items()):
+        for seed in range(seeds):
+            values = quality(name, label, position, len(plan))
+            accuracy = 60.0 + effect * values["accuracy"] + generator.normal(0, 0.1)
+            metrics = {
+                "accuracy": accuracy,
+                "ece": 30.0 - effect * values["ece"] + generator.normal(0, 0.1),
+                "nll": 20.0 - effect * values["nll"] + generator.normal(0, 0.1),
+                "uncertainty": 20.0 + effect * values["uncertainty"] + generator.normal(0, 0.1),
+                "diversity": 20.0 + effect * values["diversity"] + generator.normal(0, 0.1),
+            }
+            weights = {"variation": 0.5 - effect * 0.3 + generator.normal(0, 0.01)}
+            weights["centred_variation"] = weights["variation"]
+            record = {
+                "key": run.with_seed(seed).key,
+                **dict.fromkeys(("train", "validation", "test"), metrics),
+                "soft_labels": {"teacher": metrics, "sample_weights": weights},
+                "versions": {"torch": "0"},
+                "hardware": "none",
+                "curve": {k: v.tolist() for k, v in vars(reliability_curve(torch.eye(3), torch.arange(3))).items()},
+            }
+            store.records[record["key"]] = record
+    return Results(plan, seeds, store)
+
+
+def quality(name: str, label: str, position: int, count: int) -> dict[str, float]:
+    """What the paper says a run is better by, in units of the effect."""
+    level = float(position)
+    if name == "comparison":
+        level = {"cross-entropy": 0, "label smoothing": 1, "Beta smoothing": 2, "self-distillation": 3}[label]
+    if name == "temperature":
+        students = [0.0, 4.0, 5.0]  # rises, then levels off
+        if label.startswith("T ="):
+            level = students[position]
+            return {
+                "accuracy": level,
+                "ece": level,
+                "nll": [0, 4, 1][position],
+                "uncertainty": 2 * position,
+                "diversity": level,
+            }
+        level = 0.0
+    if name == "student-scaling":
+        level = 2.0 if "teacher only" in label else 0.0
+    if name in ("train-size", "weight-decay"):
+        level = 3.0 - position if "self-distillation" in label else 0.0
+    if name == "beta-ablation":
+        level = {"Beta smoothing": 2.0, "Beta, ranked by the true class": 4.0}.get(label, 0.0)
+    if name == "cross-distillation":
+        level = 4.0 * label.endswith(("resnet8", "resnet8, cross-entropy"))
+    if name == "pruned":
+        level = 2.0 if "pruned" in label else 0.0
+    if name == "sample-weights":
+        level = 0.0
+    return dict.fromkeys(("accuracy", "ece", "nll", "uncertainty", "diversity"), level)
+
+
+CLAIMS = {
+    "sequential": ["C1"],
+    "temperature": ["C2"],
+    "comparison": ["C3", "C4", "C5", "C6"],
+    "student-scaling": ["C7"],
+    "train-size": ["C8"],
+    "weight-decay": ["C9"],
+    "beta-ablation": ["C10", "rank_by", "history"],
+    "cross-distillation": ["C11"],
+    "pruned": ["C12"],
+    "sample-weights": ["C13"],
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_planted_effects_are_found_and_reversed_ones_contradicted(name, tmp_path):
+    setting = replace(preset("smoke"), seeds=6)
+    experiment = EXPERIMENTS[name]
+    planted = experiment.claims(setting, made_up(setting, name, tmp_path / "a", 1.0))
+    assert [claim.name for claim in planted] == CLAIMS[name]
+    assert [claim.verdict() for claim in planted] == ["holds"] * len(planted), report.verdicts(planted)
+    reversed_ = experiment.claims(setting, made_up(setting, name, tmp_path / "b", -1.0))
+    if name != "cross-distillation":  # there the better teacher is whichever is better
+        assert [claim.verdict() for claim in reversed_] == ["contradicted"] * len(planted), report.verdicts(reversed_)
+    if name not in ("pruned", "sample-weights"):  # where no effect is what is claimed
+        null = experiment.claims(setting, made_up(setting, name, tmp_path / "c", 0.0))
+        assert "holds" not in [claim.verdict() for claim in null], report.verdicts(null)
+    experiment.draw(setting, made_up(setting, name, tmp_path / "d", 1.0), tmp_path)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_better_teacher_that_makes_a_worse_student_contradicts_c11(tmp_path):
+    setting = replace(preset("smoke"), seeds=6)
+    results = made_up(setting, "cross-distillation", tmp_path, 1.0)
+    for label, records in results.records.items():
+        if label.endswith("taught by resnet8"):
+            for record in records:
+                record["test"] = {**record["test"], "accuracy": record["test"]["accuracy"] - 9.0}
+    (claim,) = EXPERIMENTS["cross-distillation"].claims(setting, results)
+    assert claim.verdict() == "contradicted"
+
+
+def test_analytic_claims_hold_and_would_be_contradicted(monkeypatch):
+    setting = preset("smoke")
+    claims = EXPERIMENTS["analytic"].claims(setting, Results({}, 2, Store.__new__(Store)))
+    assert [(claim.name, claim.verdict()) for claim in claims] == [("C14", "holds"), ("C15", "holds")]
+    monkeypatch.setattr("softlabels.tuning.beta_to_smoothing", lambda beta: beta / (1.001 + beta))
+    monkeypatch.setattr("softlabels.tuning.confidence_penalty_optimum", lambda beta, num_classes: 0.9)
+    claims = EXPERIMENTS["analytic"].claims(setting, Results({}, 2, Store.__new__(Store)))
+    assert [claim.verdict() for claim in claims] == ["contradicted", "contradicted"]
+
+
+def test_the_test_set_is_not_searched(tmp_path):
+    """Temperatures are chosen on the validation set: a run that is best on the test set alone is not."""
+    setting = replace(preset("smoke"), seeds=2)
+    results = made_up(setting, "temperature", tmp_path, 1.0, seeds=2)
+    for record in results.records["T = 1"]:
+        record["test"] = {**record["test"], "accuracy": 99.0}
+    chosen = results.best(["T = 1", "T = 2", "T = 4"], "accuracy")
+    assert chosen == ["T = 4", "T = 4"]
+    assert max(results.chosen(chosen, "accuracy")) < 70
+
+
+def test_missing_values_are_nan(tmp_path):
+    results = made_up(replace(preset("smoke"), seeds=2), "comparison", tmp_path, 1.0, seeds=2)
+    record = results.records["cross-entropy"][0]
+    record["test"] = {**record["test"], "diversity": None}
+    first, second = results.values("cross-entropy", "diversity")
+    assert math.isnan(first)
+    assert math.isfinite(second)
+    assert "| nan |" in report.metric_table(results)
+
+
+def test_pooled_curves_are_those_of_all_predictions(tmp_path):
+    results = made_up(replace(preset("smoke"), seeds=3), "comparison", tmp_path, 1.0, seeds=3)
+    seeds = [(torch.randn(60, 4), torch.randint(4, (60,))) for _ in range(3)]
+    for record, seed in zip(results.records["label smoothing"], seeds, strict=True):
+        curve = vars(reliability_curve(*seed))
+        record["curve"] = {k: [None if v != v else v for v in values.tolist()] for k, values in curve.items()}
+    pooled = figures.pooled_curves(results)["label smoothing"]
+    logits, labels = (torch.cat(parts) for parts in zip(*seeds, strict=True))
+    torch.testing.assert_close(vars(pooled), vars(reliability_curve(logits, labels)), equal_nan=True)
+
+
+def test_command_line(tmp_path, capsys):
+    command.main(["comparison", "pruned", *SMOKE, "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for text in ("| cross-entropy |", "| 50% of the classes pruned |", "**C3: ", "**C12: ", "| C4 |"):
+        assert text in printed
+    table = (tmp_path / "comparison" / "table.md").read_text()
+    assert table in printed
+    made_by = "`python -m benchmarks.paper comparison pruned --preset smoke`"
+    assert made_by in table
+    for picture in ("comparison/figure.png", "comparison/reliability.png", "pruned/figure.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(runs) == 5 * 2  # cross-entropy and self-distillation are shared
+    assert {"config", "seconds", "versions", "hardware", "epochs"} - set(runs[0]) == {"config"}
+    before = (tmp_path / "runs.jsonl").read_bytes()
+    command.main(["comparison", *SMOKE, "--out", str(tmp_path)])  # nothing is trained again
+    assert (tmp_path / "runs.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["comparison", "--dataset", "digits", "--pairs", "100"], "pairs is for fashion-pairs"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["comparison", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["comparison", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["comparison", "--workers", "0"], "workers must be at least 1, got 0"),
+        (["temperature", "--temperatures", "4,2"], "temperatures must be two or more that rise, got 4, 2"),
+        (["temperature", "--temperatures", "2,x"], "argument --temperatures"),
+        (["cross-distillation", "--model", "resnet20", "--other-model", "resnet20"], "resnet20 twice"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_data_set_stops_before_anything_is_trained(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["comparison", "--dataset", "cifar10", "--data-dir", str(tmp_path), "--out", str(tmp_path)])
+    assert "no cifar10 in" in capsys.readouterr().err
+
+
+def test_options_lie_over_the_preset():
+    arguments = ["sequential", "--preset", "gpu", "--dataset", "cifar100", "--model", "resnet20", "--lr", "0.05"]
+    arguments += ["--milestones", "1/4,0.5", "--no-compile", "--generations", "3", "--prunes", "0.5", "--padding", "2"]
+    setting = command.make_setting(command.make_parser().parse_args(arguments))
+    assert setting.recipe == Recipe(epochs=100, lr=0.05, milestones=(0.25, 0.5), bf16=True, compile=False, padding=2)
+    assert setting.other_recipe.lr == 0.05
+    assert (setting.model.name, setting.generations, setting.prunes) == ("resnet20", 3, (0.5,))
+    assert (setting.data.name, setting.device, setting.ema_decay) == ("cifar100", "cuda", 0.999)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_plans_every_experiment(name):
+    setting = preset(name)
+    for experiment in EXPERIMENTS.values():
+        for label, run in experiment.plan(setting).items():
+            assert run.seed == 0, label
+            assert run.device == setting.device
+    published = preset("paper", model="densenet100").recipe
+    assert (published.epochs, published.milestones) == (200, (0.5, 0.75))
+
+
+def test_killed_and_started_again_gives_the_same_table(tmp_path):
+    """Killed in the middle of it, with a half-written line left behind; with another number of processes, too."""
+    arguments = [sys.executable, "-m", "benchmarks.paper", "pruned", *SMOKE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*arguments, "--out", str(whole)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*arguments, "--out", str(killed)],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    runs = killed / "runs.jsonl"
+    deadline = time.monotonic() + 120
+    while not (runs.exists() and runs.read_bytes().count(b"\n")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = runs.read_bytes().count(b"\n")
+    assert 0 < done < 6
+    with runs.open("a") as file:
+        file.write('{"key": "half')
+    again = [
+        word if previous != "--workers" else "1" for previous, word in zip(["", *arguments], arguments, strict=False)
+    ]
+    subprocess.run([*again, "--out", str(killed)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    for name in ("table.md", "figure.png"):
+        assert (killed / "pruned" / name).read_bytes() == (whole / "pruned" / name).read_bytes()
+    assert numbers(killed) == numbers(whole)
+
+
+def numbers(folder: Path) -> dict[str, dict[str, object]]:
+    records = copy.deepcopy(Store(folder).records)
+    for record in records.values():
+        del record["seconds"]
+    return records
+
+
+def test_teachers_come_first_and_lost_weights_are_made_again(tmp_path):
+    setting = preset("smoke")
+    plan = EXPERIMENTS["sequential"].plan(setting)
+    runs = list(plan.values())
+    store = Store(tmp_path)
+    assert [run.key for run in missing(reversed(runs), store)] == [run.key for run in runs]
+    store.add({"key": runs[0].key})
+    store.add({"key": runs[1].key})
+    store.checkpoints.mkdir()
+    assert missing(runs[1:2], store) == []
+    assert [run.key for run in missing(runs, store)] == [run.key for run in runs]  # generation 2 needs its weights
+    (store.checkpoints / f"{runs[1].key}.pt").touch()
+    assert [run.key for run in missing(runs, store)] == [runs[2].key]
+
+
+def test_a_broken_store_is_not_guessed_at(tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
+    with pytest.raises(ValueError, match=r"runs\.jsonl, line 2, is no record of a run"):
+        Store(tmp_path)
