@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.paper import report
-from benchmarks.paper.data import DATASETS
+from benchmarks.paper.data import DATASETS, own_folder
 from benchmarks.paper.experiment import Results
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.models import MODELS, ModelSpec
@@ -44,16 +44,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("experiment", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help="or all")
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="default %(default)s")
-    parser.add_argument("--dataset", choices=DATASETS)
+    parser.add_argument("--dataset", choices=[*DATASETS, "folder"], help="folder: one of your own, see --data-dir")
     parser.add_argument("--train-size", type=int, help="use so many of the training samples")
     parser.add_argument("--pairs", type=int, help="of fashion-pairs: training and validation pairs")
-    parser.add_argument("--size", type=int, help="of fashion-pairs: height of an image, a divisor of 28")
+    parser.add_argument(
+        "--size", type=int, help="height of an image, of fashion-pairs (a divisor of 28) and folder (64)"
+    )
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--other-model", choices=MODELS, help="the second network of cross-distillation")
     parser.add_argument("--width", type=int, help="channels of the first stage, or growth rate")
     parser.add_argument("--seeds", type=int, help="runs per method")
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core, at most 8; 4 on a GPU)")
     parser.add_argument("--ema-decay", type=float, help="of Beta smoothing")
     parser.add_argument("--generations", type=int, help="of sequential")
     for name in ("temperatures", "student-temperatures", "student-alphas", "fractions", "weight-decays", "prunes"):
@@ -67,14 +69,24 @@ def make_parser() -> argparse.ArgumentParser:
             recipe.add_argument(flag, type=fractions, metavar="X,X,...")
         else:
             recipe.add_argument(flag, type=int if "int" in kind else float)
-    parser.add_argument("--data-dir", type=Path, help="folder of the data set, in the layout of its official archive")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="where the data set lies, in the layout of its archive; of folder: train/CLASS/*, test/CLASS/*",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), help="folder (default %(default)s)")
     return parser
 
 
 def make_setting(options: argparse.Namespace) -> Setting:
     """Lay the options over the preset."""
-    setting = preset(options.preset, options.dataset, options.model)
+    if options.dataset == "folder":
+        if options.data_dir is None:
+            raise ValueError("--dataset folder needs --data-dir, the folder with train/CLASS/ and test/CLASS/")
+        size = options.size or 64
+        setting = preset(options.preset, own_folder(options.data_dir, size), options.model, size)
+    else:
+        setting = preset(options.preset, options.dataset, options.model)
     given = {name: value for name, value in vars(options).items() if value is not None}
     parts = {
         "data": {name: given[name] for name in ("train_size", "pairs", "size") if name in given},
@@ -96,13 +108,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Do the runs that are missing; print and save tables, figures and verdicts."""
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.workers < 1:
+    if options.workers is not None and options.workers < 1:
         parser.error(f"workers must be at least 1, got {options.workers}")
     try:
         setting = make_setting(options)
         names = list(EXPERIMENTS) if "all" in options.experiment else list(dict.fromkeys(options.experiment))
         plans = {name: EXPERIMENTS[name].plan(setting) for name in names}
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     start = time.perf_counter()
     store = Store(options.out)
@@ -111,7 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
         prepare(runs, store, options.data_dir)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    do(runs, store, options.workers, options.data_dir)
+    workers = options.workers or (4 if setting.device == "cuda" else min(os.cpu_count() or 1, 8))
+    do(runs, store, workers, options.data_dir)
     claims: dict[str, list[Claim]] = {}
     for name, plan in plans.items():
         results = Results(plan, setting.seeds, store)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -97,6 +99,15 @@ def _initialise(finished_steps: Any) -> None:
     global _finished_steps
     _finished_steps = finished_steps
     torch.set_num_threads(1)  # these networks are too small to share; one thread also makes runs repeatable
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would train on for nobody."""
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(run: Run, folder: Path | None, checkpoints: Path, cache: Path, save: bool) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Setting:
 PRESETS = ("smoke", "laptop", "gpu", "paper")
 
 
-def preset(name: str, dataset: str | None = None, model: str | None = None) -> Setting:
+def preset(name: str, dataset: str | None = None, model: str | None = None, size: int | None = None) -> Setting:
     """Make a setting.
 
     Args:
@@ -87,15 +87,17 @@ def preset(name: str, dataset: str | None = None, model: str | None = None) -> S
             two cores. ``"gpu"``: an hour or a few on one accelerator. ``"paper"``: the paper's recipe in full.
         dataset: None is what the preset is made for: digits (smoke, laptop), fashion-pairs (gpu), CIFAR-100 (paper).
         model: None is the preset's network for the data set.
+        size: Of images in a folder of one's own.
     """
     default = {"gpu": "fashion-pairs", "paper": "cifar100"}.get(name, "digits")
     dataset = dataset or default
-    data = DataSpec(dataset, pairs=6_000, size=14) if dataset == "fashion-pairs" else DataSpec(dataset)
+    data = DataSpec(dataset, pairs=6_000, size=14) if dataset == "fashion-pairs" else DataSpec(dataset, size=size)
     setting = Setting(data)
     if name in ("smoke", "laptop"):
         recipe = Recipe(epochs=20, batch_size=64) if dataset == "digits" else Recipe(epochs=30)
         if dataset == "fashion-pairs":  # without shifts the small network fits its pairs, as the paper's networks do
             recipe = replace(recipe, padding=0, batch_size=64)
+            setting = replace(setting, seeds=3, prunes=(0.5, 0.9))
         setting = replace(setting, recipe=recipe)
     if name == "smoke":
         setting = replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -22,10 +23,10 @@ class DataSpec:
     """A data set by name.
 
     Args:
-        name: One of ``DATASETS``.
+        name: One of ``DATASETS``, or what ``own_folder`` gave.
         train_size: Use only so many of the training samples, always the first of the same order; None is all.
         pairs: Number of training and validation pairs of fashion-pairs; None for every other data set.
-        size: Height of its images, and half their width; None for every other data set.
+        size: Height of its images, and half their width. Of a folder of one's own: height and width. Else None.
     """
 
     name: str
@@ -35,13 +36,14 @@ class DataSpec:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.name not in DATASETS:
+        if self.name not in (*DATASETS, *SOURCES):
             raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {self.name!r}")
-        for option in ("pairs", "size"):
-            if (getattr(self, option) is None) == (self.name == "fashion-pairs"):
-                raise ValueError(
-                    f"{option} is for fashion-pairs, and needed there; got {getattr(self, option)} for {self.name}"
-                )
+        own = self.name not in DATASETS
+        for option, is_for in (("pairs", "fashion-pairs"), ("size", "fashion-pairs and folder")):
+            value = getattr(self, option)
+            needed = self.name == "fashion-pairs" or (option == "size" and own)
+            if needed == (value is None):
+                raise ValueError(f"{option} is for {is_for}, and needed there; got {value} for {self.name}")
         if self.name == "fashion-pairs":
             if self.size < 1 or 28 % self.size:
                 raise ValueError(f"size must divide 28, got {self.size}")
@@ -63,7 +65,7 @@ class Source:
         shape: Channels, height and width.
         read: Reads a folder in the layout of the official archive.
         archive: What that archive is called.
-        hub: Where it is on the Hugging Face hub.
+        hub: Where it is on the Hugging Face hub; None: nowhere.
         padding: Pixels of random shift that are usual for it.
         folder: Where a package of the operating system installs it.
         slow: Whether it is worth keeping decoded.
@@ -75,7 +77,7 @@ class Source:
     shape: tuple[int, int, int]
     read: Callable[[Path], tuple[Split, Split]]
     archive: str
-    hub: HubName
+    hub: HubName | None
     padding: int = 4
     folder: Path | None = None
     slow: bool = False
@@ -136,6 +138,39 @@ SOURCES = {
 DATASETS = ("digits", "fashion-pairs", *SOURCES)
 
 
+def own_folder(folder: Path, size: int) -> str:
+    """Make a data set of a folder of image files, ``train/CLASS/*`` and ``test/CLASS/*``, and give it a name.
+
+    The name ends in a hash of what the folder holds, so that the runs of one data set are never taken for another's.
+
+    Args:
+        folder: Where it lies.
+        size: Height and width in pixels; other images are scaled and cut to their centre.
+
+    Raises:
+        FileNotFoundError: there are no such folders.
+        ValueError: the classes of the two differ, or ``size`` is too small for a network with three halvings.
+    """
+    if size < 8:
+        raise ValueError(f"size must be at least 8, got {size}")
+    train, test = image_folders.list_folder(folder)
+    files = [f"{path.relative_to(folder)} {path.stat().st_size}" for path, _ in (*train, *test)]
+    digest = hashlib.sha256("\n".join([str(size), *files]).encode()).hexdigest()[:8]
+    name = f"{folder.resolve().name}-{digest}"
+    SOURCES[name] = Source(
+        1 + max(label for _, label in train),
+        len(train),
+        len(test),
+        (3, size, size),
+        functools.partial(image_folders.read_folder, size=size),
+        "train/CLASS/ and test/CLASS/",
+        None,
+        padding=max(size // 8, 1),
+        slow=True,
+    )
+    return name
+
+
 def train_size(spec: DataSpec) -> int:
     """Number of training samples, without reading anything."""
     return spec.train_size or _train_size(spec)
@@ -166,6 +201,8 @@ def load(spec: DataSpec, folder: Path | None = None, cache: Path | None = None) 
     elif spec.name == "fashion-pairs":
         data = fashion.fashion_pairs(*_splits("fashion-mnist", folder, cache), spec.pairs, spec.size)
     else:
+        if spec.name not in SOURCES and folder is not None and own_folder(folder, spec.size) != spec.name:
+            raise ValueError(f"{folder} has changed since {spec.name} was made of it; start again")
         source = SOURCES[spec.name]
         train, test = _splits(spec.name, folder, cache)
         data = Data(source.num_classes, *hold_out(train), test, padding=source.padding, flip=True)
@@ -190,6 +227,8 @@ def _splits(name: str, folder: Path | None, cache: Path | None) -> tuple[Split, 
         try:
             train, test = source.read(folder)
         except FileNotFoundError as error:
+            if source.hub is None:
+                raise
             raise FileNotFoundError(f"no {name} in {folder} ({error.filename} is missing). {_ways(name)}") from None
     elif importlib.util.find_spec("datasets") is None:
         raise FileNotFoundError(f"{name} is not on this machine. {_ways(name)}")
@@ -211,6 +250,7 @@ def _splits(name: str, folder: Path | None, cache: Path | None) -> tuple[Split, 
 
 def _ways(name: str) -> str:
     source = SOURCES[name]
+    assert source.hub is not None
     return (
         f"Two ways to get it: give --data-dir a folder with {source.archive}; or pip install datasets, which "
         f"downloads {source.hub.name} from the Hugging Face hub"

@@ -45,6 +45,38 @@ def read_images(paths: Sequence[Path], labels: Iterable[int], size: int) -> Spli
     return Split(images, torch.tensor(list(labels), dtype=torch.long))
 
 
+Listed = list[tuple[Path, int]]  # image files and their labels
+
+
+def list_folder(folder: Path) -> tuple[Listed, Listed]:
+    """List ``train/CLASS/*`` and ``test/CLASS/*``; classes are numbered in the order of their names."""
+    splits, names = [], []
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(
+                f"{folder / part} is missing: a data set of one's own is a folder with train/CLASS/ and test/CLASS/, "
+                "one folder of images per class in each"
+            )
+        classes = sorted(path for path in (folder / part).iterdir() if path.is_dir())
+        names.append([path.name for path in classes])
+        splits.append([(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())])
+    if names[0] != names[1] or len(names[0]) < 2:
+        odd = sorted(set(names[0]) ^ set(names[1]))
+        raise ValueError(
+            f"train and test in {folder} must have the same two or more classes, got {len(names[0])} and "
+            f"{len(names[1])}" + (f"; {odd[0]!r} is in one alone" if odd else "")
+        )
+    return splits[0], splits[1]
+
+
+def read_folder(folder: Path, size: int) -> tuple[Split, Split]:
+    """Read both splits of a data set of one's own."""
+    train, test = (
+        read_images([path for path, _ in part], [label for _, label in part], size) for part in list_folder(folder)
+    )
+    return train, test
+
+
 def read_tiny_imagenet(folder: Path) -> tuple[Split, Split]:
     """Training split, and the labelled validation split for testing, of ``tiny-imagenet-200``."""
     folder = folder / "tiny-imagenet-200" if (folder / "tiny-imagenet-200").is_dir() else folder

@@ -46,7 +46,7 @@ def test_smaller_training_sets_are_nested():
         ({"name": "digits", "train_size": 811}, "train_size must be from 1 to 810 for digits, got 811"),
         ({"name": "digits", "train_size": 0}, "got 0"),
         ({"name": "digits", "pairs": 100}, "pairs is for fashion-pairs"),
-        ({"name": "fashion-pairs", "pairs": 100}, "size is for fashion-pairs, and needed there; got None"),
+        ({"name": "fashion-pairs", "pairs": 100}, "size is for fashion-pairs and folder, and needed there; got None"),
         ({"name": "fashion-pairs", "pairs": 100, "size": 9}, "size must divide 28, got 9"),
         ({"name": "fashion-pairs", "pairs": 5, "size": 14}, "pairs must be at least 10, got 5"),
     ],
@@ -241,6 +241,37 @@ def test_cub200(tmp_path, small):
     assert data.test.images.shape == (3, 3, 224, 224)
     for split in (data.train, data.validation, data.test):
         torch.testing.assert_close(split.images[:, 1, 100, 100].float(), 80.0 * split.labels, atol=3, rtol=0)
+
+
+def test_a_folder_of_ones_own(tmp_path, capsys):
+    for part, count in (("train", 20), ("test", 6)):
+        for label, name in enumerate(["cat", "dog", "owl"]):
+            for image in range(count):
+                save_image(tmp_path / "pets" / part / name / f"{image:02}.png", (0, 0, 70 * label), (20 + image, 16))
+    name = datasets.own_folder(tmp_path / "pets", 16)
+    assert name.startswith("pets-")
+    spec = DataSpec(name, size=16)
+    data = load(spec, tmp_path / "pets")
+    assert (data.num_classes, len(data.train), len(data.validation), len(data.test)) == (3, 54, 6, 18)
+    for split in (data.train, data.validation, data.test):
+        assert torch.equal(split.images[:, 2, 8, 8].long(), 70 * split.labels)
+    del datasets.SOURCES[name]  # as in a new process
+    assert torch.equal(load(spec, tmp_path / "pets").test.images, data.test.images)
+    (tmp_path / "pets" / "train" / "cat" / "00.png").unlink()
+    del datasets.SOURCES[name]
+    with pytest.raises(ValueError, match="has changed since pets-"):
+        load(spec, tmp_path / "pets")
+    assert datasets.own_folder(tmp_path / "pets", 16) != name
+
+    with pytest.raises(
+        FileNotFoundError, match=r"train is missing: a data set of one's own is a folder with train/CLASS/"
+    ):
+        datasets.own_folder(tmp_path, 16)
+    save_image(tmp_path / "pets" / "train" / "emu" / "a.png", (0, 0, 0), (16, 16))
+    with pytest.raises(ValueError, match="same two or more classes, got 4 and 3; 'emu' is in one alone"):
+        datasets.own_folder(tmp_path / "pets", 16)
+    with pytest.raises(ValueError, match="size must be at least 8, got 4"):
+        datasets.own_folder(tmp_path / "pets", 4)
 
 
 def test_the_hub(small, monkeypatch):
