@@ -10,21 +10,23 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from benchmarks.paper import report
 from benchmarks.paper.data import DATASETS, own_folder
-from benchmarks.paper.experiment import Results
+from benchmarks.paper.experiment import Plan, Results
 from benchmarks.paper.experiments import EXPERIMENTS
-from benchmarks.paper.models import MODELS, ModelSpec
+from benchmarks.paper.models import MODELS
 from benchmarks.paper.recipe import Recipe
 from benchmarks.paper.schedule import do, prepare
 from benchmarks.paper.setting import PRESETS, Setting, preset
 from benchmarks.paper.statistics import Claim
 from benchmarks.paper.store import Store
 
-HERE = {"out", "workers", "data_dir"}  # options that say where and how, and change no number
+NOT_SHOWN = {"out", "workers", "data_dir"}  # options that say where and how, and change no number
 
 
-def fractions(text: str) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
     """Numbers separated by commas, each a fraction like 1/3 or a decimal."""
     numbers = []
     for part in text.split(","):
@@ -41,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=f"The paper's experiments, each with a table, a figure and verdicts:\n\n{names}",
         epilog="Runs are stored in OUT/runs.jsonl: what is there is not trained again.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the command is printed beside its results
     )
     parser.add_argument("experiment", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help="or all")
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="default %(default)s")
@@ -59,14 +62,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ema-decay", type=float, help="of Beta smoothing")
     parser.add_argument("--generations", type=int, help="of sequential")
     for name in ("temperatures", "student-temperatures", "student-alphas", "fractions", "weight-decays", "prunes"):
-        parser.add_argument(f"--{name}", type=fractions, metavar="X,X,...")
+        parser.add_argument(f"--{name}", type=numbers, metavar="X,X,...")
     recipe = parser.add_argument_group("recipe")
     for name, kind in Recipe.__annotations__.items():
         flag = f"--{name.replace('_', '-')}"
         if "bool" in kind:
             recipe.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
         elif "tuple" in kind:
-            recipe.add_argument(flag, type=fractions, metavar="X,X,...")
+            recipe.add_argument(flag, type=numbers, metavar="X,X,...")
         else:
             recipe.add_argument(flag, type=int if "int" in kind else float)
     parser.add_argument(
@@ -84,9 +87,11 @@ def make_setting(options: argparse.Namespace) -> Setting:
         if options.data_dir is None:
             raise ValueError("--dataset folder needs --data-dir, the folder with train/CLASS/ and test/CLASS/")
         size = options.size or 64
-        setting = preset(options.preset, own_folder(options.data_dir, size), options.model, size)
+        setting = preset(
+            options.preset, own_folder(options.data_dir, size), options.model, options.other_model, size=size
+        )
     else:
-        setting = preset(options.preset, options.dataset, options.model)
+        setting = preset(options.preset, options.dataset, options.model, options.other_model)
     given = {name: value for name, value in vars(options).items() if value is not None}
     parts = {
         "data": {name: given[name] for name in ("train_size", "pairs", "size") if name in given},
@@ -95,10 +100,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
     }
     for name, changes in parts.items():
         setting = replace(setting, **{name: replace(getattr(setting, name), **changes)})
-    if setting.other_recipe is not None:
-        setting = replace(setting, other_recipe=replace(setting.other_recipe, **parts["recipe"]))
-    if "other_model" in given:
-        setting = replace(setting, other_model=ModelSpec(given["other_model"]))
+    setting = replace(setting, other_recipe=replace(setting.other_recipe, **parts["recipe"]))
     own = ("seeds", "device", "ema_decay", "generations", "temperatures", "student_temperatures", "student_alphas")
     own += ("fractions", "weight_decays", "prunes")
     return replace(setting, **{name: given[name] for name in own if name in given})
@@ -110,31 +112,42 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.workers is not None and options.workers < 1:
         parser.error(f"workers must be at least 1, got {options.workers}")
+    names = list(EXPERIMENTS) if "all" in options.experiment else list(dict.fromkeys(options.experiment))
+    start = time.perf_counter()
     try:
         setting = make_setting(options)
-        names = list(EXPERIMENTS) if "all" in options.experiment else list(dict.fromkeys(options.experiment))
         plans = {name: EXPERIMENTS[name].plan(setting) for name in names}
+        if setting.device == "cuda" and not torch.cuda.is_available():
+            parser.error("this torch finds no CUDA device; choose --device cpu, or --preset laptop")
+        runs = [run.repeated(seed) for plan in plans.values() for run in plan.values() for seed in range(setting.seeds)]
+        with Store(options.out) as store:
+            prepare(runs, store, options.data_dir)
+            workers = options.workers or (4 if setting.device == "cuda" else min(os.cpu_count() or 1, 8))
+            failures = do(runs, store, workers, options.data_dir)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    start = time.perf_counter()
-    store = Store(options.out)
-    runs = [run.with_seed(seed) for plan in plans.values() for run in plan.values() for seed in range(setting.seeds)]
-    try:
-        prepare(runs, store, options.data_dir)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
-    workers = options.workers or (4 if setting.device == "cuda" else min(os.cpu_count() or 1, 8))
-    do(runs, store, workers, options.data_dir)
-    claims: dict[str, list[Claim]] = {}
-    for name, plan in plans.items():
-        results = Results(plan, setting.seeds, store)
-        claims[name] = report.save(options.out / name, EXPERIMENTS[name], setting, results, _command(arguments))
-        print("\n" + (options.out / name / "table.md").read_text())
-    if len(names) > 1:
-        table = report.verdict_table(claims)
-        (options.out / "verdicts.md").write_text(f"# Verdicts: {setting.describe()}\n\n{table}\n")
-        print(f"\n{table}\n")
+    failures += write(options.out, setting, plans, store, _command(arguments))
     print(f"{time.perf_counter() - start:.0f} s; runs, tables and figures in {options.out}/")
+    if failures:
+        sys.exit("\n".join(["", "failed:", *failures]))
+
+
+def write(out: Path, setting: Setting, plans: dict[str, Plan], store: Store, command: str) -> list[str]:
+    """Print and save what experiments found; say which have no table, for want of runs."""
+    claims: dict[str, list[Claim]] = {}
+    incomplete = []
+    for name, plan in plans.items():
+        if not all(run.repeated(seed).key in store.records for run in plan.values() for seed in range(setting.seeds)):
+            incomplete.append(f"{name}: no table, since some of its runs failed")
+            continue
+        results = Results(plan, setting.seeds, store)
+        claims[name] = report.save(out / name, EXPERIMENTS[name], setting, results, command)
+        print("\n" + (out / name / "table.md").read_text())
+    if len(claims) > 1:
+        table = report.verdict_table(claims)
+        (out / "verdicts.md").write_text(f"# Verdicts: {setting.describe()}\n\n{table}\n")
+        print(f"\n{table}\n")
+    return incomplete
 
 
 def _command(arguments: list[str] | None) -> str:
@@ -143,7 +156,7 @@ def _command(arguments: list[str] | None) -> str:
     kept = []
     for word in words:
         name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
-        if word.startswith("--") and name in HERE:
+        if word.startswith("--") and name in NOT_SHOWN:
             if not value:
                 next(words, None)
         else:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paper.data import DataSpec
 from benchmarks.paper.runs import Run
 from benchmarks.paper.setting import Setting
-from benchmarks.paper.statistics import Claim, slope
+from benchmarks.paper.statistics import Claim, Part, mean_interval, slope
 from benchmarks.paper.store import Store
 
 Plan = dict[str, Run]  # label: run with seed 0
@@ -25,14 +26,25 @@ METRICS = {
 }
 
 
+NAMES = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL"}
+
+
 class Results:
     """Records of an experiment, by label and then by seed."""
 
     def __init__(self, plan: Plan, seeds: int, store: Store) -> None:
         self.seeds = seeds
-        self.records: dict[str, list[dict[str, Any]]] = {
-            label: [store.records[run.with_seed(seed).key] for seed in range(seeds)] for label, run in plan.items()
-        }
+        self.records: dict[str, list[dict[str, Any]]] = {}
+        digests: dict[DataSpec, str] = {}
+        for label, run in plan.items():
+            self.records[label] = [store.records[run.repeated(seed).key] for seed in range(seeds)]
+            for record in self.records[label]:
+                digest = digests.setdefault(run.data, record["data_digest"])
+                if record["data_digest"] != digest:
+                    raise ValueError(
+                        f"runs in {store.path} were made on different copies of {run.data.name} (digests {digest} and "
+                        f"{record['data_digest']}); start again with another --out"
+                    )
 
     @property
     def labels(self) -> list[str]:
@@ -50,8 +62,7 @@ class Results:
 
     def difference(self, first: str, second: str, metric: str, *where: str) -> list[float]:
         """``first`` minus ``second``, paired by seed."""
-        pairs = zip(self.values(first, metric, *where), self.values(second, metric, *where), strict=True)
-        return [a - b for a, b in pairs]
+        return minus(self.values(first, metric, *where), self.values(second, metric, *where))
 
     def slopes(self, x: list[float], labels: list[str], metric: str, *where: str) -> list[float]:
         """Slope of a metric over the runs of ``labels``, which lie at ``x``, for each seed."""
@@ -59,19 +70,54 @@ class Results:
         return [slope(x, list(column)) for column in columns]
 
     def best(self, labels: list[str], metric: str, sign: int = 1) -> list[str]:
-        """The label that is best for each seed on the validation set, so that the test set is not searched.
+        """For each seed, the label that is best on average over the *other* seeds, on the validation set.
+
+        A label chosen by a seed's own runs would be the luckiest of them, on the test set too: a best of many beats
+        one even where all are equal.
 
         Args:
             labels: Of runs to choose among.
             metric: To choose by.
             sign: 1 where higher is better, -1 where lower is.
         """
-        columns = zip(*(self.values(label, metric, "validation") for label in labels), strict=True)
-        return [max(zip(column, labels, strict=True), key=lambda pair: sign * pair[0])[1] for column in columns]
+        scores = {label: self.values(label, metric, "validation") for label in labels}
+        totals = {label: math.fsum(values) for label, values in scores.items()}
+        alone = self.seeds == 1
+        return [
+            max(labels, key=lambda label: sign * (totals[label] - (0.0 if alone else scores[label][seed])))
+            for seed in range(self.seeds)
+        ]
 
     def chosen(self, labels: list[str], metric: str) -> list[float]:
         """A metric on the test set, for each seed that of the run which ``labels`` names for it."""
         return [self.values(label, metric)[seed] for seed, label in enumerate(labels)]
+
+    def better(self, first: str, second: str, metric: str) -> Part:
+        """Say that ``first`` has the higher accuracy, or the lower ECE or NLL, than ``second``."""
+        high, low = (first, second) if metric == "accuracy" else (second, first)
+        return Part(f"{NAMES[metric]}, {high} - {low}", self.difference(high, low, metric), METRICS[metric][2])
+
+
+def minus(first: list[float], second: list[float]) -> list[float]:
+    """Differences, seed by seed."""
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def cell(results: Results, label: str, metric: str, *where: str) -> str:
+    """Mean and half-width of the 95% interval, as text."""
+    decimals = METRICS[metric][1]
+    mean, half = mean_interval(results.values(label, metric, *where))
+    return f"{mean:.{decimals}f}" + ("" if math.isnan(half) else f" ± {half:.{decimals}f}")
+
+
+def metric_table(results: Results) -> str:
+    """Markdown table of means and 95% intervals on the test set."""
+    headings = [heading for heading, _, _ in METRICS.values()]
+    lines = ["| method | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(METRICS)]
+    for label in results.labels:
+        cells = [cell(results, label, metric) for metric in METRICS]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,13 @@ def self_distillation(
 
     Without a temperature it is matched, so that the true class has the average share of label smoothing (sec. 7.1).
     """
-    options = {"temperature": temperature, "alpha": alpha, "scale_student": scale_student, "prune": prune}
+    options = {"temperature": temperature or matched(), "alpha": alpha, "scale_student": scale_student, "prune": prune}
     return Method("self-distillation", options)
+
+
+def matched(true_class: float = TRUE_CLASS) -> dict[str, float]:
+    """Stand in for a temperature that is found when the teacher is known."""
+    return {"true_class": true_class}
 
 
 def dirichlet_map(sample_weighting: str, *, alpha: float = ALPHA) -> Method:
@@ -74,18 +79,24 @@ def dirichlet_map(sample_weighting: str, *, alpha: float = ALPHA) -> Method:
     Eq. 3 is Eq. 9 with weights of 1 and $\beta = (1 - \alpha) / \alpha$; with exact weights $S$ it is divided by their
     mean over the training set. The temperature is matched as in ``self_distillation``.
     """
-    return Method("instance Dirichlet MAP", {"sample_weighting": sample_weighting, "alpha": alpha})
+    options = {"sample_weighting": sample_weighting, "alpha": alpha, "temperature": matched()}
+    return Method("instance Dirichlet MAP", options)
 
 
-def matched_temperature(task: Task, alpha: float) -> float:
-    """Temperature at which the teacher smooths as much as label smoothing does (sec. 7.1).
+Temperature = float | Mapping[str, float]  # the temperature, or what it is matched to
+
+
+def find_temperature(task: Task, alpha: float, temperature: Temperature) -> float:
+    """Temperature at which the teacher smooths as much as label smoothing does (sec. 7.1), unless it is given.
 
     Raises:
         ValueError: the teacher is right too seldom on its training set for any temperature.
     """
+    if not isinstance(temperature, Mapping):
+        return temperature
     assert task.teacher_logits is not None
     try:
-        return tuning.match_temperature(task.teacher_logits, task.labels, alpha=alpha, true_class=TRUE_CLASS)
+        return tuning.match_temperature(task.teacher_logits, task.labels, alpha=alpha, **temperature)
     except ValueError as error:
         raise ValueError(f"a teacher has learnt too little to be matched with label smoothing: {error}") from error
 
@@ -114,9 +125,9 @@ def _make_beta_smoothing(
 
 
 def _make_self_distillation(
-    task: Task, temperature: float | None, alpha: float, scale_student: bool, prune: float
+    task: Task, temperature: Temperature, alpha: float, scale_student: bool, prune: float
 ) -> nn.Module:
-    temperature = matched_temperature(task, alpha) if temperature is None else temperature
+    temperature = find_temperature(task, alpha, temperature)
     if prune:
         if scale_student:
             raise ValueError("pruned distillation does not scale the student")
@@ -126,9 +137,9 @@ def _make_self_distillation(
     return criterion.attach(task.model, teacher=task.teacher)
 
 
-def _make_dirichlet_map(task: Task, sample_weighting: str, alpha: float) -> nn.Module:
+def _make_dirichlet_map(task: Task, sample_weighting: str, alpha: float, temperature: Temperature) -> nn.Module:
     assert task.teacher_logits is not None
-    temperature = matched_temperature(task, alpha)
+    temperature = find_temperature(task, alpha, temperature)
     beta = (1.0 - alpha) / alpha
     if sample_weighting == "exact":
         beta /= mean_sample_weight(task.teacher_logits, temperature)

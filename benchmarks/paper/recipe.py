@@ -71,11 +71,8 @@ def train(
     epochs of equal validation accuracy the later one is kept.
 
     Raises:
-        ValueError: the training set is smaller than one batch.
         FloatingPointError: the loss of an epoch is not finite.
     """
-    if len(data.train) < recipe.batch_size:
-        raise ValueError(f"batch_size={recipe.batch_size} is more than the {len(data.train)} training samples")
     device = data.train.labels.device.type
     padding = data.padding if recipe.padding is None else recipe.padding
     flip = data.flip if recipe.flip is None else recipe.flip
@@ -126,7 +123,9 @@ def formatted(images: Tensor, recipe: Recipe) -> Tensor:
 def predict(model: nn.Module, split: Split, normalise: Normalise, recipe: Recipe) -> Tensor:
     """Logits of a split in float32, in evaluation mode."""
     model.eval()
-    return torch.cat([model(formatted(normalise(images), recipe)) for images in split.images.split(1000)])
+    pixels = split.images[0, 0].numel()
+    batches = split.images.split(min(1000, max(1_000_000 // pixels, 1)))  # large images in smaller batches
+    return torch.cat([model(formatted(normalise(images), recipe)) for images in batches])
 
 
 def evaluate(logits: Tensor, labels: Tensor) -> dict[str, Any]:

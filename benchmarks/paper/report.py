@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-from benchmarks.paper.experiment import METRICS, Experiment, Results
+from benchmarks.paper.experiment import Experiment, Results, metric_table
 from benchmarks.paper.setting import Setting
-from benchmarks.paper.statistics import Claim, mean_interval
-
-
-def metric_table(results: Results) -> str:
-    """Markdown table of means and 95% intervals on the test set."""
-    headings = [heading for heading, _, _ in METRICS.values()]
-    lines = ["| method | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(METRICS)]
-    for label in results.labels:
-        cells = []
-        for metric, (_, decimals, _) in METRICS.items():
-            mean, half = mean_interval(results.values(label, metric))
-            cells.append(f"{mean:.{decimals}f}" + ("" if math.isnan(half) else f" ± {half:.{decimals}f}"))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+from benchmarks.paper.statistics import Claim
 
 
 def verdicts(claims: list[Claim]) -> str:
@@ -34,17 +20,10 @@ def verdicts(claims: list[Claim]) -> str:
 
 def verdict_table(claims: dict[str, list[Claim]]) -> str:
     """Markdown table of every claim of several experiments, by experiment."""
-    rows = [
-        f"| {claim.name} | {claim.text} | {claim.verdict()} | `{name}` |"
-        for name, of_experiment in claims.items()
-        for claim in of_experiment
-    ]
-    return "\n".join(["| claim | | verdict | experiment |", "|---|---|---|---|", *sorted(rows, key=_claim_order)])
-
-
-def _claim_order(row: str) -> tuple[int, str]:
-    name = row.split("|")[1].strip()
-    return (int(name[1:]) if name[1:].isdigit() else 99, name)
+    listed = [(claim, name) for name, of_experiment in claims.items() for claim in of_experiment]
+    listed.sort(key=lambda pair: int(pair[0].name[1:]) if pair[0].name[1:].isdigit() else 99)  # C1 to C15, then others
+    rows = [f"| {claim.name} | {claim.text} | {claim.verdict()} | `{name}` |" for claim, name in listed]
+    return "\n".join(["| claim | | verdict | experiment |", "|---|---|---|---|", *rows])
 
 
 def provenance(results: Results, command: str) -> str:
@@ -63,9 +42,11 @@ def save(folder: Path, experiment: Experiment, setting: Setting, results: Result
     claims = experiment.claims(setting, results)
     table = metric_table(results) if experiment.table is None else experiment.table(setting, results)
     note = "" if not results.labels else f"Test set, mean over {setting.seeds} seeds ± half-width of the 95% interval. "
+    title = f"{experiment.title} ({experiment.figure})"
+    if results.labels:
+        title += f": {setting.describe()}"
     (folder / "table.md").write_text(
-        f"# {experiment.title} ({experiment.figure}): {setting.describe()}\n\n{table}\n\n"
-        f"{note}{provenance(results, command)}\n\n## Verdicts\n\n{verdicts(claims)}\n"
+        f"# {title}\n\n{table}\n\n{note}{provenance(results, command)}\n\n## Verdicts\n\n{verdicts(claims)}\n"
     )
     experiment.draw(setting, results, folder)
     return claims

@@ -19,13 +19,17 @@ from torch import Tensor, nn
 
 import softlabels
 from benchmarks.paper import models
-from benchmarks.paper.data import Data, DataSpec, load
+from benchmarks.paper.data import Data, DataSpec, load, train_size
 from benchmarks.paper.data.dataset import Normalise
 from benchmarks.paper.methods import Method, Task, make_criterion
 from benchmarks.paper.models import ModelSpec
 from benchmarks.paper.recipe import Recipe, evaluate, predict, train
 from benchmarks.provenance import hardware, versions
 from softlabels.metrics import reliability_curve
+
+VERSION = 1  # to be raised when the same configuration no longer gives the same numbers
+
+TEACHER_SEED = 100  # a teacher's seed is this much more than its student's: other weights, another order of the data
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,29 @@ class Run:
     seed: int = 0
     device: str = "cpu"
 
-    def with_seed(self, seed: int) -> Run:
-        """Give the same run and teachers with another seed."""
-        teacher = None if self.teacher is None else self.teacher.with_seed(seed)
-        return dataclasses.replace(self, seed=seed, teacher=teacher)
+    def __post_init__(self) -> None:
+        """Check that there is a batch to train on."""
+        samples = train_size(self.data)
+        if self.recipe.batch_size > samples:
+            raise ValueError(
+                f"batch_size={self.recipe.batch_size} is more than the {samples:,} training samples of {self.data.name}"
+            )
+
+    def describe(self) -> str:
+        """Name the run in a message."""
+        options = {name: value for name, value in self.method.options.items() if value}
+        return f"{self.method.name} {options or ''} on {self.data.name} with {self.model.name}, seed {self.seed}"
+
+    def repeated(self, repetition: int) -> Run:
+        """Give the same run and its teachers, each with its seed plus ``repetition``."""
+        teacher = None if self.teacher is None else self.teacher.repeated(repetition)
+        return dataclasses.replace(self, seed=self.seed + repetition, teacher=teacher)
 
     def config(self) -> dict[str, Any]:
         """Plain values, for JSON; the teacher is given by its key."""
         config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         config = {name: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for name, v in config.items()}
-        return {**config, "teacher": None if self.teacher is None else self.teacher.key}
+        return {**config, "teacher": None if self.teacher is None else self.teacher.key, "version": VERSION}
 
     @functools.cached_property
     def key(self) -> str:
@@ -77,7 +94,7 @@ def execute(
         on_epoch: Called with the number of optimizer steps after each epoch.
     """
     start = time.perf_counter()
-    data, normalise = _data(run.data, folder, cache, run.device)
+    data, normalise, digest = _data(run.data, folder, cache, run.device)
     torch.manual_seed(run.seed)
     model = _make(run, data)
     task = Task(model, data.num_classes, data.train.labels)
@@ -96,9 +113,11 @@ def execute(
     logits = {name: predict(model, getattr(data, name), normalise, run.recipe) for name in ("train", "validation")}
     test = predict(model, data.test, normalise, run.recipe)
     curve = vars(reliability_curve(test, data.test.labels))
-    found = {
+    metrics = {
         **{name: evaluate(values, getattr(data, name).labels) for name, values in logits.items()},
         "test": evaluate(test, data.test.labels),
+    }
+    details = {
         "curve": {name: values.tolist() for name, values in curve.items()},
         "soft_labels": _soft_labels(criterion, task),
         "epochs": epochs,
@@ -106,7 +125,9 @@ def execute(
     return {
         "key": run.key,
         **run.config(),
-        **_rounded(found),
+        **_finite(metrics),
+        **_finite(details, digits=6),
+        "data_digest": digest,
         "seconds": round(time.perf_counter() - start, 2),
         "versions": versions(),
         "hardware": hardware(run.device),
@@ -119,9 +140,15 @@ def _make(run: Run, data: Data) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=2)
-def _data(spec: DataSpec, folder: Path | None, cache: Path | None, device: str) -> tuple[Data, Normalise]:
-    data = load(spec, folder, cache).to(device)
-    return data, Normalise(data.train.images)
+def _data(spec: DataSpec, folder: Path | None, cache: Path | None, device: str) -> tuple[Data, Normalise, str]:
+    """Load a data set once per process, with what normalises it and a hash of its bytes."""
+    data = load(spec, folder, cache)
+    hashed = hashlib.sha256()
+    for split in (data.train, data.validation, data.test):
+        hashed.update(split.images.contiguous().numpy())
+        hashed.update(split.labels.contiguous().numpy())
+    data = data.to(device)
+    return data, Normalise(data.train.images), hashed.hexdigest()[:16]
 
 
 def _soft_labels(criterion: nn.Module, task: Task) -> dict[str, Any]:
@@ -162,12 +189,12 @@ def _save(model: nn.Module, path: Path) -> None:
     part.replace(path)
 
 
-def _rounded(value: Any) -> Any:
-    """Six significant digits; null for nan and infinity, which JSON does not have."""
+def _finite(value: Any, digits: int = 17) -> Any:
+    """Give a value with null for nan and infinity, which JSON does not have, and this many significant digits."""
     if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
+        return {name: _finite(item, digits) for name, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [_finite(item, digits) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,10 @@ def prepare(runs: Iterable[Run], store: Store, folder: Path | None = None) -> No
         load(spec, folder, store.data)
 
 
-def do(runs: list[Run], store: Store, workers: int, folder: Path | None = None) -> None:
+def do(runs: list[Run], store: Store, workers: int, folder: Path | None = None) -> list[str]:
     """Do the missing runs with a progress bar over optimizer steps; each record is stored as soon as it is there.
+
+    A run that fails takes its students with it, and no other.
 
     Args:
         runs: What must be in the store in the end.
@@ -55,12 +57,12 @@ def do(runs: list[Run], store: Store, workers: int, folder: Path | None = None) 
         workers: Processes. On a CPU each uses one thread, so that results do not depend on their number.
         folder: Where the data set lies; None for the usual places.
 
-    Raises:
-        Exception: what a run raised. Those that were under way then are finished and stored.
+    Returns:
+        What failed, one line per run.
     """
     todo = missing(runs, store)
     if not todo:
-        return
+        return []
     teachers = {run.teacher.key for run in [*runs, *todo] if run.teacher is not None}
     waiting = list(todo)
     steps = {run.key: run.recipe.steps(train_size(run.data)) for run in todo}
@@ -70,26 +72,31 @@ def do(runs: list[Run], store: Store, workers: int, folder: Path | None = None) 
     pool = ProcessPoolExecutor(min(workers, len(todo)), context, _initialise, (finished_steps,))
     bar = tqdm(total=sum(steps.values()), unit="step", smoothing=0.05, mininterval=interval, desc=f"{len(todo)} runs")
     running: dict[Future[dict[str, Any]], Run] = {}
-    error: BaseException | None = None
+    failed: dict[str, str] = {}
     with pool, bar:
-        while running or (waiting and error is None):
+        while running or waiting:
+            for run in [run for run in waiting if run.teacher is not None and run.teacher.key in failed]:
+                waiting.remove(run)
+                failed[run.key] = f"{run.describe()}: its teacher failed"
             unfinished = {run.key for run in [*waiting, *running.values()]}
             ready = [run for run in waiting if run.teacher is None or run.teacher.key not in unfinished]
-            for run in ready[: workers - len(running)] if error is None else []:
+            for run in ready[: workers - len(running)]:
                 waiting.remove(run)
                 save = run.key in teachers or run.method.name == "cross-entropy"
                 running[pool.submit(_work, run, folder, store.checkpoints, store.data, save)] = run
             done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
                 run = running.pop(future)
-                if future.exception() is None:
+                error = future.exception()
+                if isinstance(error, BrokenExecutor):  # a process was killed, and the pool takes no more work
+                    raise RuntimeError(f"a process ended during {run.describe()}; is there enough memory?") from error
+                if error is None:
                     store.add(future.result())
                 else:
-                    error = error or future.exception()
+                    failed[run.key] = f"{run.describe()}: {type(error).__name__}: {error}"
             while not finished_steps.empty():
                 bar.update(finished_steps.get())
-    if error is not None:
-        raise error
+    return list(failed.values())
 
 
 _finished_steps: Any = None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.paper.data import DataSpec
-from benchmarks.paper.methods import Method, beta_smoothing
+from benchmarks.paper.data import DataSpec, train_size
+from benchmarks.paper.methods import Method, beta_smoothing, cross_entropy
 from benchmarks.paper.models import ModelSpec
 from benchmarks.paper.recipe import Recipe
-from benchmarks.paper.runs import Run
+from benchmarks.paper.runs import TEACHER_SEED, Run
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Setting:
         model: The network.
         other_model: The second network of cross-distillation.
         recipe: How every network is trained.
-        other_recipe: How the second network of cross-distillation is trained; None is as the first.
+        other_recipe: How the second network of cross-distillation is trained.
         seeds: Seeds 0, 1, ... of every method.
         device: ``"cpu"`` or ``"cuda"``.
         ema_decay: Of Beta smoothing. 0.999 is meant for runs of many thousand steps.
@@ -38,7 +38,7 @@ class Setting:
     model: ModelSpec = field(default_factory=lambda: ModelSpec("resnet8"))
     other_model: ModelSpec = field(default_factory=lambda: ModelSpec("densenet40"))
     recipe: Recipe = field(default_factory=Recipe)
-    other_recipe: Recipe | None = None
+    other_recipe: Recipe = field(default_factory=Recipe)
     seeds: int = 4
     device: str = "cpu"
     ema_decay: float = 0.99
@@ -51,21 +51,28 @@ class Setting:
     prunes: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
 
     def __post_init__(self) -> None:
-        """Check the numbers of runs, and that grids rise."""
-        for name in ("seeds", "generations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("temperatures", "fractions", "weight_decays"):
-            grid = getattr(self, name)
-            if len(grid) < 2 or list(grid) != sorted(set(grid)):
-                raise ValueError(f"{name} must be two or more that rise, got {', '.join(f'{x:g}' for x in grid)}")
-        if not 0 < self.fractions[0] <= self.fractions[-1] <= 1:
-            raise ValueError(f"fractions must lie in (0, 1], got {', '.join(f'{x:g}' for x in self.fractions)}")
+        """Check the numbers of runs and the grids."""
+        for name, low, high in (("seeds", 1, TEACHER_SEED), ("generations", 2, 1000)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+        grids = {"temperatures": 3, "fractions": 2, "weight_decays": 2, "student_temperatures": 1, "prunes": 1}
+        for name, least in grids.items():
+            grid, got = getattr(self, name), ", ".join(f"{x:g}" for x in getattr(self, name))
+            if len(grid) < least or list(grid) != sorted(set(grid)) or grid[0] <= 0:
+                raise ValueError(f"{name} must be {least} or more numbers above 0 that rise, got {got}")
+            if name == "fractions" and grid[-1] > 1:
+                raise ValueError(f"fractions must be at most 1, got {got}")
+            if name == "prunes" and (0.5 not in grid or grid[-1] >= 1):
+                raise ValueError(f"prunes must be below 1, and 0.5 be among them, got {got}")
 
     def run(self, method: Method, teacher: Run | None = None, **changes: Any) -> Run:
         """Make the run of a method, with seed 0; ``changes`` are fields of ``Run``."""
         run = Run(self.data, self.model, self.recipe, method, teacher, 0, self.device)
         return replace(run, **changes)
+
+    def teacher(self, **changes: Any) -> Run:
+        """Make the run of a teacher: cross-entropy, with other weights and batches than its students'."""
+        return self.run(cross_entropy(), seed=TEACHER_SEED, **changes)
 
     def beta(self, **options: Any) -> Run:
         """Beta smoothing with the setting's decay, unless ``options`` give another."""
@@ -73,13 +80,25 @@ class Setting:
 
     def describe(self) -> str:
         """Give a title."""
-        return f"{self.data.name}, {self.model.name}, {self.recipe.epochs} epochs, {self.seeds} seeds"
+        data = self.data.name
+        if self.data.pairs is not None:
+            data += f" ({self.data.pairs:,} of {self.data.size} x {2 * self.data.size})"
+        if self.data.train_size is not None:
+            data += f" ({self.data.train_size:,} samples)"
+        model = self.model.name if self.model.width is None else f"{self.model.name} of width {self.model.width}"
+        return f"{data}, {model}, {self.recipe.epochs} epochs, {self.seeds} seeds"
 
 
 PRESETS = ("smoke", "laptop", "gpu", "paper")
 
 
-def preset(name: str, dataset: str | None = None, model: str | None = None, size: int | None = None) -> Setting:
+def preset(
+    name: str,
+    dataset: str | None = None,
+    model: str | None = None,
+    other_model: str | None = None,
+    size: int | None = None,
+) -> Setting:
     """Make a setting.
 
     Args:
@@ -87,63 +106,60 @@ def preset(name: str, dataset: str | None = None, model: str | None = None, size
             two cores. ``"gpu"``: an hour or a few on one accelerator. ``"paper"``: the paper's recipe in full.
         dataset: None is what the preset is made for: digits (smoke, laptop), fashion-pairs (gpu), CIFAR-100 (paper).
         model: None is the preset's network for the data set.
+        other_model: The second network of cross-distillation; None is the preset's.
         size: Of images in a folder of one's own.
     """
-    default = {"gpu": "fashion-pairs", "paper": "cifar100"}.get(name, "digits")
-    dataset = dataset or default
-    data = DataSpec(dataset, pairs=6_000, size=14) if dataset == "fashion-pairs" else DataSpec(dataset, size=size)
-    setting = Setting(data)
-    if name in ("smoke", "laptop"):
-        recipe = Recipe(epochs=20, batch_size=64) if dataset == "digits" else Recipe(epochs=30)
-        if dataset == "fashion-pairs":  # without shifts the small network fits its pairs, as the paper's networks do
-            recipe = replace(recipe, padding=0, batch_size=64)
-            setting = replace(setting, seeds=3, prunes=(0.5, 0.9))
-        setting = replace(setting, recipe=recipe)
-    if name == "smoke":
-        setting = replace(
-            setting,
-            data=data if dataset == "digits" else replace(data, train_size=1_000),
-            model=ModelSpec("resnet8", 8),
-            other_model=ModelSpec("densenet10", 8),
-            recipe=Recipe(epochs=8, batch_size=32),
-            seeds=2,
-            generations=2,
-            temperatures=(1.0, 2.0, 4.0),
-            student_temperatures=(2.0,),
-            student_alphas=(0.6,),
-            fractions=(0.5, 1.0),
-            weight_decays=(1e-4, 1e-3),
-            prunes=(0.5,),
-        )
+    dataset = dataset or {"gpu": "fashion-pairs", "paper": "cifar100"}.get(name, "digits")
+    large = dataset == "cub200"
+    networks = {
+        "smoke": ("resnet8", "densenet10"),
+        "laptop": ("resnet8", "densenet40"),
+        "gpu": ("resnet18", "densenet100"),
+        "paper": ("resnet34", "densenet100"),
+    }[name]
+    if large and name in ("gpu", "paper"):
+        networks = ("resnet34-imagenet", "resnet18-imagenet")
+    first, second = model or networks[0], other_model or networks[1]
+    width = 8 if name == "smoke" else None
+    common: dict[str, Any] = {
+        "model": ModelSpec(first, width),
+        "recipe": _recipe(name, dataset, first),
+        "other_model": ModelSpec(second, width),
+        "other_recipe": _recipe(name, dataset, second),
+    }
+    pairs = dataset == "fashion-pairs"
     if name in ("gpu", "paper"):
-        if dataset == "fashion-pairs":
-            data = DataSpec(dataset, pairs=50_000, size=28)
-        first = "resnet34-imagenet" if dataset == "cub200" else "resnet34" if name == "paper" else "resnet18"
-        setting = replace(
-            setting,
-            data=data,
-            model=ModelSpec(first),
-            other_model=ModelSpec("densenet100"),
-            seeds=5,
-            device="cuda",
-            ema_decay=0.999,
-            recipe=_published(first),
-            other_recipe=_published("densenet100"),
-        )
-        if name == "gpu":
-            fast = {"epochs": 100, "bf16": True, "compile": True}
-            setting = replace(
-                setting, recipe=replace(setting.recipe, **fast), other_recipe=replace(setting.other_recipe, **fast)
-            )
-    if model is not None:
-        setting = replace(setting, model=ModelSpec(model))
-        if name == "paper":
-            setting = replace(setting, recipe=_published(model))
-    return setting
+        data = DataSpec(dataset, pairs=50_000, size=28) if pairs else DataSpec(dataset, size=size)
+        return Setting(data, **common, seeds=5, device="cuda", ema_decay=0.999)
+    data = DataSpec(dataset, pairs=6_000, size=14) if pairs else DataSpec(dataset, size=size)
+    if name == "laptop":
+        return Setting(data, **common, **({"seeds": 3, "prunes": (0.5, 0.9)} if pairs else {}))
+    return Setting(
+        data if dataset == "digits" else replace(data, train_size=min(1_000, train_size(data))),
+        **common,
+        seeds=2,
+        generations=2,
+        temperatures=(1.0, 2.0, 4.0),
+        student_temperatures=(2.0,),
+        student_alphas=(0.6,),
+        fractions=(0.5, 1.0),
+        weight_decays=(1e-4, 1e-3),
+        prunes=(0.5,),
+    )
 
 
-def _published(model: str) -> Recipe:
-    """The recipe of the paper's scripts for a network."""
-    if model.startswith("densenet"):
-        return Recipe(epochs=200, milestones=(1 / 2, 3 / 4))
-    return Recipe(epochs=150)
+def _recipe(preset_name: str, dataset: str, model: str) -> Recipe:
+    """How a preset trains a network."""
+    dense = model.startswith("densenet")
+    published = Recipe(epochs=200, milestones=(1 / 2, 3 / 4)) if dense else Recipe(epochs=150)
+    if preset_name == "paper":
+        return published
+    if preset_name == "gpu":
+        return replace(published, epochs=100, bf16=True, compile=True)
+    if preset_name == "smoke":
+        return Recipe(epochs=8, batch_size=32)
+    if dataset == "digits":
+        return Recipe(epochs=20, batch_size=64)
+    if dataset == "fashion-pairs":  # without shifts the small network fits its pairs, as the paper's networks do
+        return Recipe(epochs=30, batch_size=64, padding=0)
+    return Recipe(epochs=30)

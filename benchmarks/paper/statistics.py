@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from scipy import stats
@@ -23,8 +23,18 @@ def mean_interval(values: list[float], confidence: float = CONFIDENCE) -> tuple[
     mean = math.fsum(values) / n
     if n == 1:
         return mean, math.nan
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
+    return mean, float(stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation(values) / math.sqrt(n)
+
+
+def deviation(values: list[float]) -> float:
+    """Standard deviation, with n - 1."""
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _simultaneous(parts: int) -> float:
+    """Confidence at which each of several intervals must be taken for all to be right in 95% of cases."""
+    return 1 - (1 - CONFIDENCE) / parts
 
 
 def slope(x: list[float], y: list[float]) -> float:
@@ -34,18 +44,18 @@ def slope(x: list[float], y: list[float]) -> float:
     return products / math.fsum((a - mean_x) ** 2 for a in x)
 
 
-def seeds_to_decide(mean: float, deviation: float) -> int | None:
+def seeds_to_decide(mean: float, spread: float, confidence: float = CONFIDENCE) -> int | None:
     """Seeds with which a two-sided t-test would find ``mean`` with 80% probability; None: more than 1000."""
 
     def power(n: int) -> float:
-        critical = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
-        return float(stats.nct.sf(critical, n - 1, abs(mean) / deviation * math.sqrt(n)))
+        critical = stats.t.ppf((1 + confidence) / 2, n - 1)
+        return float(stats.nct.sf(critical, n - 1, abs(mean) / spread * math.sqrt(n)))
 
-    if deviation == 0:
+    if spread == 0:
         return 2 if mean else None
     low, high = 1, 2
     while not power(high) >= POWER:  # scipy's noncentral t gives nan far out, which is no power
-        if abs(mean) / deviation * math.sqrt(high) > 30:  # where the power is 1
+        if abs(mean) / spread * math.sqrt(high) > 30:  # where the power is 1
             break
         low, high = high, 2 * high
         if high > 2 * MOST_SEEDS:
@@ -80,28 +90,32 @@ class Part:
         most 5% of cases. Values that are all the same have no interval and decide nothing.
         """
         mean, half = mean_interval(self.values)
-        if half == 0:  # a few values of a metric with few digits may agree by chance
+        if self.all_the_same():
             return "undecided"
-        wide = mean_interval(self.values, 1 - (1 - CONFIDENCE) / parts)[1]
+        wide = mean_interval(self.values, _simultaneous(parts))[1]
         if mean - half > -self.margin:
             return "holds"
         if mean + wide < -self.margin:
             return "contradicted"
         return "undecided"
 
-    def seeds(self) -> int | None:
+    def all_the_same(self) -> bool:
+        """Tell whether the values agree, which those of a metric with few digits may do by chance."""
+        return len(self.values) > 1 and max(self.values) - min(self.values) <= 1e-9 * max(map(abs, self.values))
+
+    def seeds(self, parts: int = 1) -> int | None:
         """Give the seeds that would decide (None: more than 1000, or nothing is known of the spread)."""
-        mean, half = mean_interval(self.values)
-        if not math.isfinite(half):
+        mean = mean_interval(self.values)[0] + self.margin
+        if len(self.values) == 1 or not math.isfinite(mean):
             return None
-        n = len(self.values)
-        deviation = half * math.sqrt(n) / float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-        needed = seeds_to_decide(mean + self.margin, deviation)
-        return None if needed is None else max(needed, n + 1)
+        needed = seeds_to_decide(mean, deviation(self.values), CONFIDENCE if mean > 0 else _simultaneous(parts))
+        return None if needed is None else max(needed, len(self.values) + 1)
 
     def describe(self, parts: int = 1) -> str:
         """Say the mean, its interval and the verdict."""
         mean, half = mean_interval(self.values)
+        if mean + half < -self.margin:
+            half = mean_interval(self.values, _simultaneous(parts))[1]
         interval = "" if math.isnan(half) else f" ± {half:.2g}"
         margin = f" (no harm: above {-self.margin:g})" if self.margin else ""
         return f"{self.text}: {mean:+.3g}{interval} {self.unit}{margin}: {self.verdict(parts)}{self.hint(parts)}"
@@ -114,9 +128,9 @@ class Part:
             return ", since a value is not finite"
         if len(self.values) == 1:
             return ", one seed decides nothing"
-        if len(set(self.values)) == 1:
+        if self.all_the_same():
             return ", the same for every seed"
-        seeds = self.seeds()
+        seeds = self.seeds(parts)
         return f", {seeds} seeds would decide" if seeds else f", more than {MOST_SEEDS} seeds would be needed"
 
 
@@ -139,14 +153,20 @@ class Identity:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim *holds* if all of its parts do, is *contradicted* if one of them is, and else is *undecided*."""
+    """A claim *holds* if all of its parts do, is *contradicted* if one of them is, and else is *undecided*.
+
+    Where the ``premise`` does not hold, there is nothing to decide.
+    """
 
     name: str
     text: str
-    parts: list[Part | Identity] = field(default_factory=list)
+    parts: list[Part | Identity]
+    premise: Part | None = None
 
     def verdict(self) -> Verdict:
         """Decide the claim."""
+        if self.premise is not None and self.premise.verdict() != "holds":
+            return "undecided"
         verdicts = [part.verdict(len(self.parts)) for part in self.parts]
         if "contradicted" in verdicts:
             return "contradicted"
@@ -154,4 +174,5 @@ class Claim:
 
     def describe(self) -> list[str]:
         """One line per part."""
-        return [part.describe(len(self.parts)) for part in self.parts]
+        lines = [part.describe(len(self.parts)) for part in self.parts]
+        return lines if self.premise is None else [f"premise: {self.premise.describe()}", *lines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,14 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         ValueError: it is no such file, or is cut short.
     """
-    compressed = path.with_name(path.name + ".gz")
-    content = path.read_bytes() if path.exists() else gzip.decompress(compressed.read_bytes())
+    if path.exists():
+        content = path.read_bytes()
+    else:
+        path = path.with_name(path.name + ".gz")
+        try:
+            content = gzip.decompress(path.read_bytes())
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole gzip file: {error}") from None
     if content[:3] != b"\0\0\x08" or len(content) < 4:
         raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {content[:4].hex(' ')}")
     dims = content[3]

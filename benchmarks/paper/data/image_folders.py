@@ -35,8 +35,13 @@ def read_images(paths: Sequence[Path], labels: Iterable[int], size: int) -> Spli
     from PIL import Image
 
     def read(path: Path) -> Tensor:
-        with Image.open(path) as image:
-            return to_bytes(image, size)
+        try:
+            with Image.open(path) as image:
+                return to_bytes(image, size)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # no image, or cut short
+            raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
@@ -45,6 +50,7 @@ def read_images(paths: Sequence[Path], labels: Iterable[int], size: int) -> Spli
     return Split(images, torch.tensor(list(labels), dtype=torch.long))
 
 
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 Listed = list[tuple[Path, int]]  # image files and their labels
 
 
@@ -57,9 +63,10 @@ def list_folder(folder: Path) -> tuple[Listed, Listed]:
                 f"{folder / part} is missing: a data set of one's own is a folder with train/CLASS/ and test/CLASS/, "
                 "one folder of images per class in each"
             )
-        classes = sorted(path for path in (folder / part).iterdir() if path.is_dir())
+        classes = sorted(path for path in (folder / part).iterdir() if path.is_dir() and path.name[0] != ".")
         names.append([path.name for path in classes])
-        splits.append([(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())])
+        files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())]
+        splits.append([(file, label) for file, label in files if file.suffix.lower() in SUFFIXES])
     if names[0] != names[1] or len(names[0]) < 2:
         odd = sorted(set(names[0]) ^ set(names[1]))
         raise ValueError(

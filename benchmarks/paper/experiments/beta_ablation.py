@@ -46,10 +46,7 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
     """Decide C10, and which ranking is the better one."""
 
     def better(first: str, second: str) -> list[Part]:
-        return [
-            Part(f"accuracy, {first} - {second}", results.difference(first, second, "accuracy")),
-            Part(f"ECE, {second} - {first}", results.difference(second, first, "ece")),
-        ]
+        return [results.better(first, second, metric) for metric in ("accuracy", "ece")]
 
     return [
         Claim(

@@ -10,7 +10,7 @@ from benchmarks.paper.setting import Setting
 from benchmarks.paper.statistics import slope
 
 
-def teacher(at: str) -> str:
+def baseline(at: str) -> str:
     """Label of the network trained with cross-entropy."""
     return f"cross-entropy, {at}"
 
@@ -26,7 +26,7 @@ def gains(results: Results, points: list[str]) -> list[list[float]]:
         [
             100.0 * (a - b) / b
             for a, b in zip(
-                results.values(student(at), "accuracy"), results.values(teacher(at), "accuracy"), strict=True
+                results.values(student(at), "accuracy"), results.values(baseline(at), "accuracy"), strict=True
             )
         ]
         for at in points
@@ -43,7 +43,7 @@ def draw(
 ) -> None:
     """Draw accuracy and relative gain."""
     accuracy = {
-        "cross-entropy": (x, [teacher(at) for at in points]),
+        "cross-entropy": (x, [baseline(at) for at in points]),
         "self-distillation": (x, [student(at) for at in points]),
     }
     panels = [

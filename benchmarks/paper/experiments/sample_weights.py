@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.paper import figures
-from benchmarks.paper.experiment import Experiment, Plan, Results
+from benchmarks.paper.experiment import Experiment, Plan, Results, cell, metric_table
 from benchmarks.paper.experiments.comparison import CE, SD
 from benchmarks.paper.methods import cross_entropy, dirichlet_map, self_distillation
 from benchmarks.paper.setting import Setting
@@ -19,10 +19,10 @@ EXACT, NORMALIZED, NONE = (f"Eq. 9, {kind} weights" for kind in ("exact", "norma
 
 def plan(setting: Setting) -> Plan:
     """Make Eq. 9 with each weighting, and Eq. 3."""
-    teacher = setting.run(cross_entropy())
+    teacher = setting.teacher()
     kinds = {EXACT: "exact", NORMALIZED: "normalized", NONE: "none"}
     return {
-        CE: teacher,
+        CE: setting.run(cross_entropy()),
         SD: setting.run(self_distillation(), teacher),
         **{label: setting.run(dirichlet_map(kind), teacher) for label, kind in kinds.items()},
     }
@@ -45,9 +45,23 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
     return [Claim("C13", "At useful temperatures the sample weights of Eq. 9 hardly differ", parts)]
 
 
+def table(setting: Setting, results: Results) -> str:
+    """Tabulate the metrics, and below them how much the weights differ."""
+    spread = [
+        f"{heading} {cell(results, NONE, key, 'soft_labels', 'sample_weights')}"
+        for heading, key in (("of the teacher's logits", "variation"), ("of its centred logits", "centred_variation"))
+    ]
+    temperature = cell(results, NONE, "temperature", "soft_labels")
+    return (
+        f"{metric_table(results)}\n\nStandard deviation of the weights over their mean, at the matched temperature "
+        f"({temperature}): {', '.join(spread)}. Eq. 9 without weights is Eq. 3 times 1 / alpha: the same labels at a "
+        "learning rate 1.67 times as high."
+    )
+
+
 def draw(setting: Setting, results: Results, folder: Path) -> None:
     """Draw bars."""
     figures.bars(setting, results, folder / "figure.png", "sec. 5.2")
 
 
-EXPERIMENT = Experiment("The sample weights of Eq. 9", "sec. 5.2", plan, claims, draw)
+EXPERIMENT = Experiment("The sample weights of Eq. 9", "sec. 5.2", plan, claims, draw, table)

@@ -24,7 +24,7 @@ def _at(count: int) -> str:
 
 
 def plan(setting: Setting) -> Plan:
-    """Make a teacher and a student per size; smaller sets get more epochs, so that all take about as many steps."""
+    """Make a baseline, a teacher and a student per size; smaller sets get more epochs, for about as many steps."""
     runs = {}
     total = train_size(setting.data)
     for count in _counts(setting):
@@ -32,8 +32,8 @@ def plan(setting: Setting) -> Plan:
         batch_size = min(setting.recipe.batch_size, count)
         steps = setting.recipe.steps(total)
         recipe = replace(setting.recipe, batch_size=batch_size, epochs=max(round(steps / (count // batch_size)), 1))
-        teacher = setting.run(cross_entropy(), data=data, recipe=recipe)
-        runs[gain.teacher(_at(count))] = teacher
+        runs[gain.baseline(_at(count))] = setting.run(cross_entropy(), data=data, recipe=recipe)
+        teacher = setting.teacher(data=data, recipe=recipe)
         runs[gain.student(_at(count))] = setting.run(self_distillation(), teacher, data=data, recipe=recipe)
     return runs
 

@@ -19,11 +19,11 @@ def _at(weight_decay: float) -> str:
 
 def plan(setting: Setting) -> Plan:
     """Make a baseline and a student per weight decay; all students have the teacher of the recipe's own decay."""
-    teacher = setting.run(cross_entropy())
+    teacher = setting.teacher()
     runs = {}
     for weight_decay in setting.weight_decays:
         recipe = replace(setting.recipe, weight_decay=weight_decay)
-        runs[gain.teacher(_at(weight_decay))] = setting.run(cross_entropy(), recipe=recipe)
+        runs[gain.baseline(_at(weight_decay))] = setting.run(cross_entropy(), recipe=recipe)
         runs[gain.student(_at(weight_decay))] = setting.run(self_distillation(), teacher, recipe=recipe)
     return runs
 

@@ -21,6 +21,7 @@ MODELS: dict[str, tuple[Maker, int]] = {
     "resnet56": (functools.partial(CIFARResNet, 56), 16),
     "resnet18": (functools.partial(ResNet, (2, 2, 2, 2)), 64),
     "resnet34": (functools.partial(ResNet, (3, 4, 6, 3)), 64),
+    "resnet18-imagenet": (functools.partial(ResNet, (2, 2, 2, 2), imagenet_stem=True), 64),
     "resnet34-imagenet": (functools.partial(ResNet, (3, 4, 6, 3), imagenet_stem=True), 64),
     "densenet10": (functools.partial(DenseNet, 10), 12),  # not published
     "densenet40": (functools.partial(DenseNet, 40), 12),

@@ -148,6 +148,12 @@ def test_idx_files_are_checked(tmp_path):
     (tmp_path / "b").write_bytes(b"\0\0\x08\x01" + struct.pack(">I", 9) + b"12345")
     with pytest.raises(ValueError, match="holds 5 values, but its header says 9"):
         fashion.read_idx(tmp_path / "b")
+    (tmp_path / "c.gz").write_bytes(gzip.compress(b"0" * 1000)[:-9])
+    with pytest.raises(ValueError, match=r"c\.gz is not a whole gzip file"):
+        fashion.read_idx(tmp_path / "c")
+    (tmp_path / "d.gz").write_bytes(b"<html>404</html>")
+    with pytest.raises(ValueError, match=r"d\.gz is not a whole gzip file"):
+        fashion.read_idx(tmp_path / "d")
 
 
 def write_cifar(folder, fine, count):
@@ -248,6 +254,8 @@ def test_a_folder_of_ones_own(tmp_path, capsys):
         for label, name in enumerate(["cat", "dog", "owl"]):
             for image in range(count):
                 save_image(tmp_path / "pets" / part / name / f"{image:02}.png", (0, 0, 70 * label), (20 + image, 16))
+    (tmp_path / "pets" / "train" / "cat" / ".DS_Store").write_bytes(b"no image")
+    (tmp_path / "pets" / "train" / ".cache").mkdir()
     name = datasets.own_folder(tmp_path / "pets", 16)
     assert name.startswith("pets-")
     spec = DataSpec(name, size=16)

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import figures, report
+from benchmarks.paper import figures, methods, report
 from benchmarks.paper.experiment import Results
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.recipe import Recipe
-from benchmarks.paper.schedule import missing
+from benchmarks.paper.runs import TEACHER_SEED
+from benchmarks.paper.schedule import do, missing
 from benchmarks.paper.setting import PRESETS, Setting, preset
 from benchmarks.paper.store import Store
 from softlabels.metrics import reliability_curve
@@ -36,7 +37,8 @@ def made_up(setting: Setting, name: str, folder: Path, effect: float, seeds: int
     """Results in which every claim of an experiment has an effect of this size, among noise of deviation 0.1."""
     experiment, generator = EXPERIMENTS[name], np.random.default_rng(0)
     plan = experiment.plan(setting)
-    store = Store(folder)
+    with Store(folder) as store:
+        pass
     for position, (label, run) in enumerate(plan.items()):
         for seed in range(seeds):
             values = quality(name, label, position, len(plan))
@@ -51,9 +53,10 @@ def made_up(setting: Setting, name: str, folder: Path, effect: float, seeds: int
             weights = {"variation": 0.5 - effect * 0.3 + generator.normal(0, 0.01)}
             weights["centred_variation"] = weights["variation"]
             record = {
-                "key": run.with_seed(seed).key,
+                "key": run.repeated(seed).key,
                 **dict.fromkeys(("train", "validation", "test"), metrics),
                 "soft_labels": {"teacher": metrics, "sample_weights": weights},
+                "data_digest": "",
                 "versions": {"torch": "0"},
                 "hardware": "none",
                 "curve": {k: v.tolist() for k, v in vars(reliability_curve(torch.eye(3), torch.arange(3))).items()},
@@ -138,11 +141,11 @@ def test_a_better_teacher_that_makes_a_worse_student_contradicts_c11(tmp_path):
 
 def test_analytic_claims_hold_and_would_be_contradicted(monkeypatch):
     setting = preset("smoke")
-    claims = EXPERIMENTS["analytic"].claims(setting, Results({}, 2, Store.__new__(Store)))
+    claims = EXPERIMENTS["analytic"].claims(setting, Results({}, 2, None))
     assert [(claim.name, claim.verdict()) for claim in claims] == [("C14", "holds"), ("C15", "holds")]
     monkeypatch.setattr("softlabels.tuning.beta_to_smoothing", lambda beta: beta / (1.001 + beta))
     monkeypatch.setattr("softlabels.tuning.confidence_penalty_optimum", lambda beta, num_classes: 0.9)
-    claims = EXPERIMENTS["analytic"].claims(setting, Results({}, 2, Store.__new__(Store)))
+    claims = EXPERIMENTS["analytic"].claims(setting, Results({}, 2, None))
     assert [claim.verdict() for claim in claims] == ["contradicted", "contradicted"]
 
 
@@ -155,6 +158,62 @@ def test_the_test_set_is_not_searched(tmp_path):
     chosen = results.best(["T = 1", "T = 2", "T = 4"], "accuracy")
     assert chosen == ["T = 4", "T = 4"]
     assert max(results.chosen(chosen, "accuracy")) < 70
+
+
+def test_chance_seldom_makes_the_chosen_the_best(tmp_path):
+    """Every T is as good as any other, and a lucky run is lucky on validation and test set alike."""
+    setting = replace(preset("paper"), seeds=5)
+    plan = EXPERIMENTS["temperature"].plan(setting)
+    generator = np.random.default_rng(0)
+    results = Results.__new__(Results)
+    results.seeds = 5
+    holds = []
+    for _ in range(300):
+        results.records = {}
+        for label in plan:
+            luck = generator.normal(size=5)
+            metrics = [dict.fromkeys(("accuracy", "nll", "uncertainty", "diversity"), value) for value in luck]
+            results.records[label] = [
+                {"validation": m, "test": m, "train": m, "soft_labels": {"teacher": m}} for m in metrics
+            ]
+        (claim,) = EXPERIMENTS["temperature"].claims(setting, results)
+        holds.append([part.verdict() == "holds" for part in claim.parts if "best" in part.text])
+    assert len(holds[0]) == 3
+    assert np.mean(holds) < 0.06
+
+
+def test_a_rise_that_collapses_does_not_level_off(tmp_path):
+    setting = replace(preset("smoke"), seeds=6)
+    results = made_up(setting, "temperature", tmp_path, 1.0)
+    for record in results.records["T = 4"]:
+        record["test"] = {**record["test"], "accuracy": record["test"]["accuracy"] - 20.0}
+    (claim,) = EXPERIMENTS["temperature"].claims(setting, results)
+    assert claim.verdict() == "contradicted"
+    contradicted = [part.text for part in claim.parts if part.verdict() == "contradicted"]
+    assert "accuracy keeps half of the rise" in contradicted
+    assert "accuracy levels off: that less T = 4 - T = 2" not in contradicted
+
+
+def test_teachers_that_do_not_differ_decide_nothing(tmp_path):
+    setting = replace(preset("smoke"), seeds=6)
+    results = made_up(setting, "cross-distillation", tmp_path, 1.0)
+    for first, second in zip(*(results.records[f"{n}, cross-entropy"] for n in ("resnet8", "densenet10")), strict=True):
+        first["test"] = second["test"]
+    (claim,) = EXPERIMENTS["cross-distillation"].claims(setting, results)
+    assert claim.verdict() == "undecided"
+    assert claim.describe()[0].startswith("premise: accuracy of the teachers")
+
+
+def test_runs_on_different_copies_of_a_data_set_are_not_compared(tmp_path):
+    setting = replace(preset("smoke"), seeds=2)
+    made_up(setting, "comparison", tmp_path, 1.0, seeds=2)
+    plan = EXPERIMENTS["comparison"].plan(setting)
+    with Store(tmp_path / "b") as store:
+        for run in plan.values():
+            for seed in range(2):
+                store.add({"key": run.repeated(seed).key, "data_digest": run.method.name})
+    with pytest.raises(ValueError, match=r"different copies of digits .digests cross-entropy and label smoothing\)"):
+        Results(plan, 2, store)
 
 
 def test_missing_values_are_nan(tmp_path):
@@ -190,7 +249,7 @@ def test_command_line(tmp_path, capsys):
     for picture in ("comparison/figure.png", "comparison/reliability.png", "pruned/figure.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert len(runs) == 5 * 2  # cross-entropy and self-distillation are shared
+    assert len(runs) == 6 * 2  # cross-entropy, teacher and self-distillation are shared
     assert {"config", "seconds", "versions", "hardware", "epochs"} - set(runs[0]) == {"config"}
     before = (tmp_path / "runs.jsonl").read_bytes()
     command.main(["comparison", *SMOKE, "--out", str(tmp_path)])  # nothing is trained again
@@ -204,10 +263,20 @@ def test_command_line(tmp_path, capsys):
         (["comparison", "--dataset", "folder"], "--dataset folder needs --data-dir"),
         (["comparison", "--dataset", "folder", "--data-dir", "/nowhere"], "/nowhere/train is missing"),
         (["nothing"], "invalid choice: 'nothing'"),
-        (["comparison", "--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["comparison", "--seeds", "0"], "seeds must be from 1 to 100, got 0"),
+        (["sequential", "--generations", "1"], "generations must be from 2 to 1000, got 1"),
+        (["pruned", "--prunes", "0.25,0.75"], "prunes must be below 1, and 0.5 be among them, got 0.25, 0.75"),
+        (["weight-decay", "--weight-decays", "0,1e-4"], "weight_decays must be 2 or more numbers above 0 that rise"),
+        (["train-size", "--fractions", "0.5,1.5"], "fractions must be at most 1, got 0.5, 1.5"),
+        (["comparison", "--batch-size", "1000"], "batch_size=1000 is more than the 810 training samples of digits"),
+        (["comparison", "--preset", "gpu", "--dataset", "digits"], "finds no CUDA device; choose --device cpu"),
+        (["comparison", "--ou", "somewhere"], "unrecognized arguments: --ou"),
         (["comparison", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["comparison", "--workers", "0"], "workers must be at least 1, got 0"),
-        (["temperature", "--temperatures", "4,2"], "temperatures must be two or more that rise, got 4, 2"),
+        (
+            ["temperature", "--temperatures", "4,2"],
+            "temperatures must be 3 or more numbers above 0 that rise, got 4, 2",
+        ),
         (["temperature", "--temperatures", "2,x"], "argument --temperatures"),
         (["cross-distillation", "--model", "resnet20", "--other-model", "resnet20"], "resnet20 twice"),
     ],
@@ -229,7 +298,7 @@ def test_options_lie_over_the_preset():
     arguments += ["--milestones", "1/4,0.5", "--no-compile", "--generations", "3", "--prunes", "0.5", "--padding", "2"]
     setting = command.make_setting(command.make_parser().parse_args(arguments))
     assert setting.recipe == Recipe(epochs=100, lr=0.05, milestones=(0.25, 0.5), bf16=True, compile=False, padding=2)
-    assert setting.other_recipe.lr == 0.05
+    assert (setting.other_recipe.lr, setting.other_recipe.epochs) == (0.05, 100)
     assert (setting.model.name, setting.generations, setting.prunes) == ("resnet20", 3, (0.5,))
     assert (setting.data.name, setting.device, setting.ema_decay) == ("cifar100", "cuda", 0.999)
 
@@ -239,10 +308,15 @@ def test_every_preset_plans_every_experiment(name):
     setting = preset(name)
     for experiment in EXPERIMENTS.values():
         for label, run in experiment.plan(setting).items():
-            assert run.seed == 0, label
+            assert run.seed % TEACHER_SEED == 0, label
             assert run.device == setting.device
-    published = preset("paper", model="densenet100").recipe
-    assert (published.epochs, published.milestones) == (200, (0.5, 0.75))
+
+
+def test_each_network_has_its_published_recipe():
+    setting = preset("paper", model="densenet100", other_model="resnet34")
+    assert (setting.recipe.epochs, setting.recipe.milestones) == (200, (0.5, 0.75))
+    assert (setting.other_recipe.epochs, setting.other_recipe.milestones) == (150, (1 / 3, 2 / 3))
+    assert preset("gpu", other_model="resnet20").other_recipe.milestones == (1 / 3, 2 / 3)
 
 
 def test_killed_and_started_again_gives_the_same_table(tmp_path):
@@ -269,7 +343,7 @@ def test_killed_and_started_again_gives_the_same_table(tmp_path):
         time.sleep(0.1)
     assert not living(process.pid)  # its worker processes end with it
     done = runs.read_bytes().count(b"\n")
-    assert 0 < done < 3
+    assert 0 < done < 4
     with runs.open("a") as file:
         file.write('{"key": "half')
     again = [
@@ -293,25 +367,61 @@ def living(group: int) -> list[str]:
 
 
 def numbers(folder: Path) -> dict[str, dict[str, object]]:
-    records = copy.deepcopy(Store(folder).records)
+    with Store(folder) as store:
+        records = copy.deepcopy(store.records)
     for record in records.values():
         del record["seconds"]
     return records
 
 
 def test_teachers_come_first_and_lost_weights_are_made_again(tmp_path):
-    setting = preset("smoke")
-    plan = EXPERIMENTS["sequential"].plan(setting)
-    runs = list(plan.values())
-    store = Store(tmp_path)
-    assert [run.key for run in missing(reversed(runs), store)] == [run.key for run in runs]
-    store.add({"key": runs[0].key})
-    store.add({"key": runs[1].key})
-    store.checkpoints.mkdir()
-    assert missing(runs[1:2], store) == []
-    assert [run.key for run in missing(runs, store)] == [run.key for run in runs]  # generation 2 needs its weights
-    (store.checkpoints / f"{runs[1].key}.pt").touch()
-    assert [run.key for run in missing(runs, store)] == [runs[2].key]
+    runs = list(EXPERIMENTS["sequential"].plan(preset("smoke")).values())
+    with Store(tmp_path) as store:
+        assert [run.key for run in missing(reversed(runs), store)] == [run.key for run in runs]
+        store.add({"key": runs[0].key})
+        store.add({"key": runs[1].key})
+        store.checkpoints.mkdir()
+        assert missing(runs[1:2], store) == []
+        assert [run.key for run in missing(runs, store)] == [run.key for run in runs]  # generation 2 needs weights
+        (store.checkpoints / f"{runs[1].key}.pt").touch()
+        assert [run.key for run in missing(runs, store)] == [runs[2].key]
+
+
+def test_a_failed_run_takes_its_students_with_it_and_no_other(tmp_path):
+    setting = replace(preset("smoke"), recipe=Recipe(epochs=1, batch_size=128))
+    weak = setting.run(methods.self_distillation(), setting.teacher())  # one epoch teaches too little to be matched
+    student = setting.run(methods.self_distillation(alpha=0.0, temperature=1.0), weak)
+    good = [
+        setting.run(methods.label_smoothing()),
+        setting.run(methods.self_distillation(temperature=2.0), weak.teacher),
+    ]
+    with Store(tmp_path) as store:
+        failures = do([weak, student, *good], store, 2)
+    assert len(failures) == 2
+    assert (
+        "self-distillation {'temperature': {'true_class': 0.85}, 'alpha': 0.6} on digits with resnet8, seed 0"
+        in failures[0]
+    )
+    assert "ValueError: a teacher has learnt too little to be matched" in failures[0]
+    assert failures[1].endswith("its teacher failed")
+    assert set(store.records) == {run.key for run in (*good, weak.teacher)}
+
+
+def test_experiments_that_are_whole_get_their_tables(tmp_path, capsys):
+    arguments = ["beta-ablation", "comparison", *SMOKE, "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
+    with pytest.raises(
+        SystemExit, match=r"learnt too little(.|\n)*comparison: no table, since some of its runs failed"
+    ):
+        command.main(arguments)
+    assert (tmp_path / "beta-ablation" / "table.md").exists()
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_two_commands_do_not_write_to_one_folder(tmp_path):
+    with Store(tmp_path), pytest.raises(ValueError, match=r"another command is writing to .*another --out"):
+        Store(tmp_path)
+    with Store(tmp_path) as store:
+        assert store.records == {}
 
 
 def test_a_broken_store_is_not_guessed_at(tmp_path):

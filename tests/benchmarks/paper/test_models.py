@@ -15,6 +15,7 @@ from benchmarks.paper.models.densenet import DenseNet
     [
         ("resnet20", 10, 0.27e6),  # He et al. (2016), table 6
         ("resnet56", 10, 0.85e6),
+        ("resnet18-imagenet", 1000, 11_689_512),  # torchvision's
         ("resnet34-imagenet", 1000, 21_797_672),  # torchvision's
         ("densenet100", 10, 769_162),  # Huang et al. (2017), table 2: 0.8 million; exactly, in the authors' repository
         ("resnet18", 10, 11_173_962),  # the usual variant for CIFAR of the ImageNet network

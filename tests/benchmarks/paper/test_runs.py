@@ -134,8 +134,8 @@ def test_training_that_diverges_or_cannot_start_says_so(data):
     model = make(ModelSpec("resnet8", 4), 10, 1)
     with pytest.raises(FloatingPointError, match=r"loss of epoch \d+ is (nan|inf); try a smaller lr than 1e\+30"):
         train(model, nn.CrossEntropyLoss(), data, Recipe(epochs=5, lr=1e30), seed=0)
-    with pytest.raises(ValueError, match="batch_size=811 is more than the 810 training samples"):
-        train(model, nn.CrossEntropyLoss(), data, Recipe(epochs=1, batch_size=811), seed=0)
+    with pytest.raises(ValueError, match="batch_size=811 is more than the 810 training samples of digits"):
+        dataclasses.replace(CE, recipe=Recipe(epochs=1, batch_size=811))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch.compile's own, which it hides
@@ -212,20 +212,27 @@ def test_evaluation_is_in_the_units_of_the_table():
 
 def test_key_is_of_everything_that_decides_the_numbers():
     student = Run(CE.data, CE.model, SHORT, STUDENTS["matched"], CE)
-    keys = {CE.key, student.key, student.with_seed(1).key}
+    keys = {CE.key, student.key, student.repeated(1).key}
     for name, value in {
         "data": DataSpec("digits", train_size=100),
         "model": ModelSpec("resnet8", 8),
         "recipe": dataclasses.replace(SHORT, lr=0.05),
         "method": STUDENTS["pruned"],
-        "teacher": CE.with_seed(7),
+        "teacher": CE.repeated(7),
         "seed": 3,
         "device": "cuda",
     }.items():
         keys.add(dataclasses.replace(student, **{name: value}).key)
     assert len(keys) == 10
-    assert student.with_seed(1).teacher.seed == 1
-    assert student.with_seed(1).with_seed(0).key == student.key
+    moved = dataclasses.replace(student, teacher=CE.repeated(100)).repeated(3)
+    assert (moved.seed, moved.teacher.seed) == (3, 103)
+
+
+def test_what_smoothing_is_matched_to_is_in_the_key():
+    for method in (methods.self_distillation(), methods.dirichlet_map("none")):
+        other = {**method.options, "temperature": methods.matched(0.9)}
+        changed = dataclasses.replace(CE, method=methods.Method(method.name, other))
+        assert changed.key != dataclasses.replace(CE, method=method).key
 
 
 def test_small_sets_in_data_are_whole():

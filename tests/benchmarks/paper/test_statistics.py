@@ -67,7 +67,12 @@ def test_margin():
 
 @pytest.mark.parametrize(
     ("values", "hint"),
-    [([1.0], "one seed decides nothing"), ([0.5, 0.5], "the same for every seed"), ([1.0, math.nan], "not finite")],
+    [
+        ([1.0], "one seed decides nothing"),
+        ([0.5, 0.5], "the same for every seed"),
+        ([97.1 - 97.0, 98.3 - 98.2, 0.1], "the same for every seed"),
+        ([1.0, math.nan], "not finite"),
+    ],
 )
 def test_what_cannot_be_decided_is_not(values, hint):
     part = Part("difference", values)
@@ -95,3 +100,14 @@ def test_too_many_seeds_to_ask_for():
     undecided = Part("difference", [0.5, -0.2, 0.4, 0.1])
     assert f"{undecided.seeds()} seeds would decide" in undecided.describe()
     assert undecided.seeds() > 4
+    wrong_way = Part("difference", [-1, -0.55, -1.3, -0.25, -0.9])  # clear alone, not among eight
+    assert (wrong_way.verdict(), wrong_way.verdict(8)) == ("contradicted", "undecided")
+    assert wrong_way.seeds(8) > wrong_way.seeds(1)
+    half = float(wrong_way.describe(8).split("± ")[1].split()[0])
+    assert -0.8 + half > 0  # the interval that is printed is the one that was used
+
+
+def test_a_claim_whose_premise_fails_is_undecided():
+    good, bad = Part("", [1.0, 1.1, 0.9]), Part("", [-1.0, -1.1, -0.9])
+    assert Claim("", "", [good], premise=bad).verdict() == "undecided"
+    assert Claim("", "", [bad], premise=good).verdict() == "contradicted"
