@@ -14,7 +14,7 @@ from benchmarks.paper.setting import Setting
 from benchmarks.paper.statistics import Claim, Part, mean_interval, slope
 from benchmarks.paper.store import Store
 
-Plan = dict[str, Run]  # label: run with seed 0
+Plan = dict[str, Run]  # label: the run for seed 0
 
 # metric: (heading, decimals, unit of a difference)
 METRICS = {
@@ -105,7 +105,7 @@ def minus(first: list[float], second: list[float]) -> list[float]:
 
 def cell(results: Results, label: str, metric: str, *where: str) -> str:
     """Mean and half-width of the 95% interval, as text."""
-    decimals = METRICS[metric][1]
+    decimals = METRICS[metric][1] if metric in METRICS else 2
     mean, half = mean_interval(results.values(label, metric, *where))
     return f"{mean:.{decimals}f}" + ("" if math.isnan(half) else f" ± {half:.{decimals}f}")
 

@@ -41,7 +41,9 @@ def save(folder: Path, experiment: Experiment, setting: Setting, results: Result
     folder.mkdir(parents=True, exist_ok=True)
     claims = experiment.claims(setting, results)
     table = metric_table(results) if experiment.table is None else experiment.table(setting, results)
-    note = "" if not results.labels else f"Test set, mean over {setting.seeds} seeds ± half-width of the 95% interval. "
+    note = ""
+    if results.labels:
+        note = "Test set, mean over seeds ± half-width of the 95% interval; ECE of 15 bins. "
     title = f"{experiment.title} ({experiment.figure})"
     if results.labels:
         title += f": {setting.describe()}"

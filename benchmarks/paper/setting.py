@@ -86,7 +86,8 @@ class Setting:
         if self.data.train_size is not None:
             data += f" ({self.data.train_size:,} samples)"
         model = self.model.name if self.model.width is None else f"{self.model.name} of width {self.model.width}"
-        return f"{data}, {model}, {self.recipe.epochs} epochs, {self.seeds} seeds"
+        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        return f"{data}, {model}, {self.recipe.epochs} epochs, {seeds}"
 
 
 PRESETS = ("smoke", "laptop", "gpu", "paper")

@@ -55,7 +55,7 @@ def made_up(setting: Setting, name: str, folder: Path, effect: float, seeds: int
             record = {
                 "key": run.repeated(seed).key,
                 **dict.fromkeys(("train", "validation", "test"), metrics),
-                "soft_labels": {"teacher": metrics, "sample_weights": weights},
+                "soft_labels": {"teacher": metrics, "sample_weights": weights, "temperature": 2.0},
                 "data_digest": "",
                 "versions": {"torch": "0"},
                 "hardware": "none",
@@ -124,7 +124,12 @@ def test_planted_effects_are_found_and_reversed_ones_contradicted(name, tmp_path
     if name not in ("pruned", "sample-weights"):  # where no effect is what is claimed
         null = experiment.claims(setting, made_up(setting, name, tmp_path / "c", 0.0))
         assert "holds" not in [claim.verdict() for claim in null], report.verdicts(null)
-    experiment.draw(setting, made_up(setting, name, tmp_path / "d", 1.0), tmp_path)
+    results = made_up(setting, name, tmp_path / "d", 1.0)
+    if experiment.table is not None:
+        table = experiment.table(setting, results)
+        assert table.startswith("|")
+        assert "nan" not in table
+    experiment.draw(setting, results, tmp_path)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
