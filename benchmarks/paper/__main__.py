@@ -24,6 +24,15 @@ from benchmarks.paper.statistics import Claim
 from benchmarks.paper.store import Store
 
 NOT_SHOWN = {"out", "workers", "data_dir"}  # options that say where and how, and change no number
+GRIDS = (
+    "temperatures",
+    "student_temperatures",
+    "student_alphas",
+    "fractions",
+    "weight_decays",
+    "beta_alphas",
+    "prunes",
+)
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -61,8 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, help="processes (default: one per core, at most 8; 4 on a GPU)")
     parser.add_argument("--ema-decay", type=float, help="of Beta smoothing")
     parser.add_argument("--generations", type=int, help="of sequential")
-    for name in ("temperatures", "student-temperatures", "student-alphas", "fractions", "weight-decays", "prunes"):
-        parser.add_argument(f"--{name}", type=numbers, metavar="X,X,...")
+    for name in GRIDS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=numbers, metavar="X,X,...")
     recipe = parser.add_argument_group("recipe")
     for name, kind in Recipe.__annotations__.items():
         flag = f"--{name.replace('_', '-')}"
@@ -101,8 +110,7 @@ def make_setting(options: argparse.Namespace) -> Setting:
     for name, changes in parts.items():
         setting = replace(setting, **{name: replace(getattr(setting, name), **changes)})
     setting = replace(setting, other_recipe=replace(setting.other_recipe, **parts["recipe"]))
-    own = ("seeds", "device", "ema_decay", "generations", "temperatures", "student_temperatures", "student_alphas")
-    own += ("fractions", "weight_decays", "prunes")
+    own = ("seeds", "device", "ema_decay", "generations", *GRIDS)
     return replace(setting, **{name: given[name] for name in own if name in given})
 
 

@@ -15,7 +15,6 @@ RANDOM = "random Beta smoothing"
 TRUE_CLASS = "Beta, ranked by the true class"
 HISTORY = "Beta, ranked by history"
 BATCH = "Beta, ranked by the batch's own logits"
-ALPHAS = (0.2, 0.6)
 DECAYS = (0.99, 0.999)
 
 
@@ -38,7 +37,7 @@ def plan(setting: Setting) -> Plan:
         HISTORY: setting.beta(ranking="history"),
         BATCH: setting.beta(ranking="batch"),
         f"Beta, ema_decay {_decay(setting):g}": setting.beta(ema_decay=_decay(setting)),
-        **{_alpha(alpha): setting.beta(alpha=alpha) for alpha in ALPHAS},
+        **{_alpha(alpha): setting.beta(alpha=alpha) for alpha in setting.beta_alphas},
     }
 
 
