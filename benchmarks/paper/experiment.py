@@ -20,6 +20,7 @@ Plan = dict[str, Run]  # label: the run for seed 0
 METRICS = {
     "accuracy": ("accuracy (%)", 2, "points"),
     "ece": ("ECE (%)", 2, "points"),
+    "gap": ("confidence - accuracy (points)", 2, "points"),
     "nll": ("NLL (nats)", 3, "nats"),
     "uncertainty": ("uncertainty (nats)", 3, "nats"),
     "diversity": ("diversity (nats)", 2, "nats"),
@@ -53,6 +54,8 @@ class Results:
 
     def values(self, label: str, metric: str, *where: str) -> list[float]:
         """A metric of each seed; ``where`` leads to it in the record, by default the test set. Missing is nan."""
+        if metric == "gap":
+            return [gap(record["curve"]) for record in self.records[label]]
         found = []
         for record in self.records[label]:
             for name in where or ("test",):
@@ -96,6 +99,12 @@ class Results:
         """Say that ``first`` has the higher accuracy, or the lower ECE or NLL, than ``second``."""
         high, low = (first, second) if metric == "accuracy" else (second, first)
         return Part(f"{NAMES[metric]}, {high} - {low}", self.difference(high, low, metric), METRICS[metric][2])
+
+
+def gap(curve: dict[str, list[float | None]]) -> float:
+    """Mean confidence less accuracy of a reliability curve, in points: above 0 is over-confident."""
+    bins = zip(curve["count"], curve["confidence"], curve["accuracy"], strict=True)
+    return 100.0 * math.fsum(n * (c - a) for n, c, a in bins if n) / math.fsum(curve["count"])
 
 
 def minus(first: list[float], second: list[float]) -> list[float]:

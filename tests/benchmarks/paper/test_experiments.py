@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import figures, methods, report
-from benchmarks.paper.experiment import Results
+from benchmarks.paper.experiment import Results, gap
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.recipe import Recipe
 from benchmarks.paper.runs import TEACHER_SEED
@@ -229,6 +229,16 @@ def test_missing_values_are_nan(tmp_path):
     assert math.isnan(first)
     assert math.isfinite(second)
     assert "| nan |" in report.metric_table(results)
+
+
+def test_gap_between_confidence_and_accuracy():
+    logits, labels = torch.randn(200, 4), torch.randint(4, (200,))
+    curve = {
+        k: [None if v != v else v for v in values.tolist()]
+        for k, values in vars(reliability_curve(logits, labels)).items()
+    }
+    confidence, accuracy = logits.softmax(1).amax(1).mean(), (logits.argmax(1) == labels).float().mean()
+    assert gap(curve) == pytest.approx(100 * (confidence - accuracy).item(), abs=1e-4)
 
 
 def test_pooled_curves_are_those_of_all_predictions(tmp_path):
