@@ -136,7 +136,7 @@ def preset(
         return Setting(data, **common, seeds=5, device="cuda", ema_decay=0.999)
     data = DataSpec(dataset, pairs=6_000, size=14) if pairs else DataSpec(dataset, size=size)
     if name == "laptop":
-        fewer = {"seeds": 3, "prunes": (0.5, 0.9), "beta_alphas": ()}  # two to three minutes a run
+        fewer = {"seeds": 3, "prunes": (0.5, 0.9)}  # two to five minutes a run
         return Setting(data, **common, **(fewer if pairs else {}))
     return Setting(
         data if dataset == "digits" else replace(data, train_size=min(1_000, train_size(data))),
