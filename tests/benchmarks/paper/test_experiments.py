@@ -173,7 +173,7 @@ def test_chance_seldom_makes_the_chosen_the_best(tmp_path):
     results = Results.__new__(Results)
     results.seeds = 5
     holds = []
-    for _ in range(300):
+    for _ in range(150):
         results.records = {}
         for label in plan:
             luck = generator.normal(size=5)
@@ -184,7 +184,7 @@ def test_chance_seldom_makes_the_chosen_the_best(tmp_path):
         (claim,) = EXPERIMENTS["temperature"].claims(setting, results)
         holds.append([part.verdict() == "holds" for part in claim.parts if "best" in part.text])
     assert len(holds[0]) == 3
-    assert np.mean(holds) < 0.06
+    assert np.mean(holds) < 0.07
 
 
 def test_a_rise_that_collapses_does_not_level_off(tmp_path):
