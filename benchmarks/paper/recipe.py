@@ -82,7 +82,6 @@ def train(
     )
     milestones = [round(fraction * recipe.epochs) for fraction in recipe.milestones]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, recipe.lr_factor)
-    normalise = Normalise(data.train.images)
     run = torch.compile(model) if recipe.compile else model
     needs_index = getattr(criterion, "ranking", None) == "history"  # which samples these are, for their own past
     best, best_accuracy, history = copy.deepcopy(model.state_dict()), -1.0, []
@@ -93,7 +92,7 @@ def train(
         total = torch.zeros((), dtype=torch.float64, device=order.device)
         for index in batches:
             images, labels = data.train.images[index], data.train.labels[index]
-            images = formatted(normalise(augment(images, padding, flip, generator)), recipe)
+            images = formatted(data.normalise(augment(images, padding, flip, generator)), recipe)
             with torch.autocast(device, torch.bfloat16, enabled=recipe.bf16):
                 loss = criterion(run(images), labels, **({"index": index} if needs_index else {}))
             optimizer.zero_grad()
@@ -104,7 +103,7 @@ def train(
         mean = total.item() / len(batches)
         if not mean < float("inf"):
             raise FloatingPointError(f"the training loss of epoch {epoch} is {mean}; try a smaller lr than {recipe.lr}")
-        validation = evaluate(predict(model, data.validation, normalise, recipe), data.validation.labels)
+        validation = evaluate(predict(model, data.validation, data.normalise, recipe), data.validation.labels)
         history.append({"loss": mean, **{name: validation[name] for name in ("accuracy", "ece", "nll")}})
         if validation["accuracy"] >= best_accuracy:
             best, best_accuracy = copy.deepcopy(model.state_dict()), validation["accuracy"]

@@ -41,12 +41,10 @@ def save(folder: Path, experiment: Experiment, setting: Setting, results: Result
     folder.mkdir(parents=True, exist_ok=True)
     claims = experiment.claims(setting, results)
     table = metric_table(results) if experiment.table is None else experiment.table(setting, results)
-    note = ""
-    if results.labels:
-        note = "Test set, mean over seeds ± half-width of the 95% interval; ECE of 15 bins. "
-    title = f"{experiment.title} ({experiment.figure})"
+    title, note = f"{experiment.title} ({experiment.figure})", ""
     if results.labels:
         title += f": {setting.describe()}"
+        note = "Test set, mean over seeds ± half-width of the 95% interval; ECE of 15 bins. "
     (folder / "table.md").write_text(
         f"# {title}\n\n{table}\n\n{note}{provenance(results, command)}\n\n## Verdicts\n\n{verdicts(claims)}\n"
     )

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 import softlabels
 from benchmarks.paper import models
 from benchmarks.paper.data import Data, DataSpec, load, train_size
-from benchmarks.paper.data.dataset import Normalise
 from benchmarks.paper.methods import Method, Task, make_criterion
 from benchmarks.paper.models import ModelSpec
 from benchmarks.paper.recipe import Recipe, evaluate, predict, train
+from benchmarks.paper.store import save_whole
 from benchmarks.provenance import hardware, versions
 from softlabels.metrics import reliability_curve
 
@@ -94,7 +93,7 @@ def execute(
         on_epoch: Called with the number of optimizer steps after each epoch.
     """
     start = time.perf_counter()
-    data, normalise, digest = _data(run.data, folder, cache, run.device)
+    data, digest = _data(run.data, folder, cache, run.device)
     torch.manual_seed(run.seed)
     model = _make(run, data)
     task = Task(model, data.num_classes, data.train.labels)
@@ -103,15 +102,15 @@ def execute(
         teacher.load_state_dict(torch.load(checkpoints / f"{run.teacher.key}.pt", map_location=run.device))
         teacher.requires_grad_(False)
         task = dataclasses.replace(
-            task, teacher=teacher, teacher_logits=predict(teacher, data.train, normalise, run.teacher.recipe)
+            task, teacher=teacher, teacher_logits=predict(teacher, data.train, data.normalise, run.teacher.recipe)
         )
     criterion = make_criterion(run.method, task)
     torch.manual_seed(run.seed)  # whatever the model and its teacher drew, methods draw the same
     epochs = train(model, criterion, data, run.recipe, run.seed, on_epoch)
     if save:
-        _save(model, checkpoints / f"{run.key}.pt")
-    logits = {name: predict(model, getattr(data, name), normalise, run.recipe) for name in ("train", "validation")}
-    test = predict(model, data.test, normalise, run.recipe)
+        save_whole(model.state_dict(), checkpoints / f"{run.key}.pt")
+    logits = {name: predict(model, getattr(data, name), data.normalise, run.recipe) for name in ("train", "validation")}
+    test = predict(model, data.test, data.normalise, run.recipe)
     curve = vars(reliability_curve(test, data.test.labels))
     metrics = {
         **{name: evaluate(values, getattr(data, name).labels) for name, values in logits.items()},
@@ -140,15 +139,14 @@ def _make(run: Run, data: Data) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=2)
-def _data(spec: DataSpec, folder: Path | None, cache: Path | None, device: str) -> tuple[Data, Normalise, str]:
-    """Load a data set once per process, with what normalises it and a hash of its bytes."""
+def _data(spec: DataSpec, folder: Path | None, cache: Path | None, device: str) -> tuple[Data, str]:
+    """Load a data set once per process, with a hash of its bytes."""
     data = load(spec, folder, cache)
     hashed = hashlib.sha256()
     for split in (data.train, data.validation, data.test):
         hashed.update(split.images.contiguous().numpy())
         hashed.update(split.labels.contiguous().numpy())
-    data = data.to(device)
-    return data, Normalise(data.train.images), hashed.hexdigest()[:16]
+    return data.to(device), hashed.hexdigest()[:16]
 
 
 def _soft_labels(criterion: nn.Module, task: Task) -> dict[str, Any]:
@@ -179,14 +177,6 @@ def sample_weight_spread(teacher_logits: Tensor, temperature: float) -> dict[str
         spread[prefix + "variation"] = (weight.std(correction=0) / weight.mean()).item()
         spread[prefix + "effective_share"] = (weight.sum() ** 2 / (len(weight) * (weight**2).sum())).item()
     return spread
-
-
-def _save(model: nn.Module, path: Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(model.state_dict(), part)
-    part.replace(path)
 
 
 def _finite(value: Any, digits: int = 17) -> Any:

@@ -7,10 +7,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 try:
     import fcntl
 except ImportError:  # not on Windows, where nothing keeps two commands from writing at once
     fcntl = None  # type: ignore[assignment]
+
+
+def save_whole(value: Any, path: Path) -> None:
+    """Save tensors to a file that is there whole or not at all, also if several processes write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    torch.save(value, part)
+    part.replace(path)
 
 
 class Store:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from benchmarks.paper.data import cifar, fashion, image_folders
 from benchmarks.paper.data.dataset import Data, Split, hold_out
 from benchmarks.paper.data.digits import digits
 from benchmarks.paper.data.hub import HubName, read_hub
+from benchmarks.paper.store import save_whole
 
 
 @dataclass(frozen=True)
@@ -240,11 +240,8 @@ def _splits(name: str, folder: Path | None, cache: Path | None) -> tuple[Split, 
     for part, split, count in (("training", train, source.train), ("test", test, source.test)):
         _check(f"{part} split of {name} from {origin}", split, count, source)
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}.part")
         tensors = {"train": train.images, "train_labels": train.labels, "test": test.images, "test_labels": test.labels}
-        torch.save(tensors, part)
-        part.replace(kept)
+        save_whole(tensors, kept)
     return train, test
 
 

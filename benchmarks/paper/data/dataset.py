@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +45,11 @@ class Data:
     def channels(self) -> int:
         """Channels of the images."""
         return self.train.images.shape[1]
+
+    @functools.cached_property
+    def normalise(self) -> Normalise:
+        """What normalises the images of every split, by the statistics of the training images."""
+        return Normalise(self.train.images)
 
     def to(self, device: str) -> Data:
         """Move every split to a device."""

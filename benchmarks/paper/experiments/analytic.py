@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def minimiser(loss: Callable[[Tensor, Tensor], Tensor], num_classes: int) -> Ten
     return logits.detach().softmax(1)[0]
 
 
+@functools.cache
+def penalty_minimiser(beta: float, num_classes: int) -> Tensor:
+    """Probabilities at which the confidence penalty is least; the verdict and the figure both ask."""
+    return minimiser(softlabels.ConfidencePenaltyLoss(beta=beta), num_classes)
+
+
 def _label_smoothing_identities() -> tuple[float, float]:
     """Greatest deviations of Eq. 7 from torch's label smoothing, and from the Dirichlet posterior."""
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +74,7 @@ def _penalty_deviations() -> tuple[float, float]:
     from_formula, from_smoothing = 0.0, 0.0
     for num_classes in CLASSES:
         for beta in BETAS:
-            found = minimiser(softlabels.ConfidencePenaltyLoss(beta=beta), num_classes)
+            found = penalty_minimiser(beta, num_classes)
             optimum = tuning.confidence_penalty_optimum(beta, num_classes)
             smoothing = tuning.label_smoothing_for(optimum, num_classes)
             smoothed = minimiser(nn.CrossEntropyLoss(label_smoothing=smoothing), num_classes)
@@ -127,7 +134,7 @@ def draw(setting: Setting, results: Results, folder: Path) -> None:
     for index, num_classes in enumerate(CLASSES):
         formula = [tuning.confidence_penalty_optimum(beta, num_classes) for beta in line]
         axes.plot(line, formula, color=f"C{index}", label=f"K = {num_classes}")
-        found = [minimiser(softlabels.ConfidencePenaltyLoss(beta=beta), num_classes)[0].item() for beta in BETAS]
+        found = [penalty_minimiser(beta, num_classes)[0].item() for beta in BETAS]
         axes.plot(BETAS, found, "o", color=f"C{index}")
     axes.set(xscale="log", xlabel="beta", ylabel="probability of the true class", title="App. 9.1")
     axes.legend(frameon=False)

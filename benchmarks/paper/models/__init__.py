@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from benchmarks.paper.models.cifar_resnet import CIFARResNet
 from benchmarks.paper.models.densenet import DenseNet
-from benchmarks.paper.models.resnet import ResNet
+from benchmarks.paper.models.resnet import CIFARResNet, ResNet
 
 Maker = Callable[..., nn.Module]
 

@@ -1,4 +1,4 @@
-"""The residual networks of He et al. (2016) with four stages, with a stem for small images or for ImageNet."""
+"""The residual networks of He et al. (2016), with a stem for small images or for ImageNet."""
 
 from __future__ import annotations
 
@@ -6,20 +6,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, projected where the shape changes (option B)."""
+class ZeroPadding(nn.Module):
+    """Shortcut without parameters where the shape changes (option A): stride, and channels of zeros."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.added = channels - channels_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the shortcut."""
+        return functional.pad(x[:, :, :: self.stride, :: self.stride], [0, 0, 0, 0, 0, self.added])
+
+
+class Projection(nn.Sequential):
+    """Shortcut by a 1x1 convolution where the shape changes (option B)."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, shortcut: type[nn.Module]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+        changes = stride != 1 or channels_in != channels
+        self.shortcut = shortcut(channels_in, channels, stride) if changes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block."""
@@ -28,7 +45,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four stages of ``width``, 2, 4 and 8 ``width`` channels.
+    """Stages of ``width``, 2 ``width``, 4 ``width``, ... channels.
 
     Args:
         blocks: Blocks of each stage: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) is ResNet-34.
@@ -36,20 +53,20 @@ class ResNet(nn.Module):
         channels: Channels of the images.
         width: Channels of the first stage.
         imagenet_stem: Open with a 7x7 convolution and a maximum, both of stride 2, instead of one 3x3 convolution.
+        shortcut: What a block adds where its shape changes.
     """
 
     def __init__(
         self,
-        blocks: tuple[int, int, int, int],
+        blocks: tuple[int, ...],
         num_classes: int,
         channels: int = 3,
         width: int = 64,
         imagenet_stem: bool = False,
+        shortcut: type[nn.Module] = Projection,
     ) -> None:
         super().__init__()
-        first = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
-        if not imagenet_stem:
-            first = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        first = nn.Conv2d(channels, width, *((7, 2, 3) if imagenet_stem else (3, 1, 1)), bias=False)
         self.stem = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         if imagenet_stem:
             self.stem.append(nn.MaxPool2d(3, 2, 1))
@@ -57,7 +74,7 @@ class ResNet(nn.Module):
         channels_in = width
         for stage, count in enumerate(blocks):
             for block in range(count):
-                stages.append(Block(channels_in, width * 2**stage, 2 if stage and not block else 1))
+                stages.append(Block(channels_in, width * 2**stage, 2 if stage and not block else 1, shortcut))
                 channels_in = width * 2**stage
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels_in, num_classes)
@@ -68,3 +85,19 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, channels, height, width)."""
         return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+class CIFARResNet(ResNet):
+    """ResNet of depth 6n + 2 for CIFAR (sec. 4.2): three stages, and shortcuts without parameters.
+
+    Args:
+        depth: 8, 14, 20, ...; 20 and 56 with width 16 are those of the paper of He et al.
+        num_classes: Size of the output.
+        channels: Channels of the images.
+        width: Channels of the first stage.
+    """
+
+    def __init__(self, depth: int, num_classes: int, channels: int = 3, width: int = 16) -> None:
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), got {depth}")
+        super().__init__(((depth - 2) // 6,) * 3, num_classes, channels, width, shortcut=ZeroPadding)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.paper.models import MODELS, ModelSpec, make
-from benchmarks.paper.models.cifar_resnet import CIFARResNet
 from benchmarks.paper.models.densenet import DenseNet
+from benchmarks.paper.models.resnet import CIFARResNet
 
 
 @pytest.mark.parametrize(
