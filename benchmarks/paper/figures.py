@@ -42,6 +42,15 @@ def bars(setting: Setting, results: Results, path: Path, figure_name: str) -> No
     figure.savefig(path, dpi=DPI)
 
 
+def draw_bars(figure_name: str) -> Callable[[Setting, Results, Path], None]:
+    """Make what draws an experiment whose figure is bars alone."""
+
+    def draw(setting: Setting, results: Results, folder: Path) -> None:
+        bars(setting, results, folder / "figure.png", figure_name)
+
+    return draw
+
+
 Line = tuple[list[float], list[Any]]  # x, and labels of runs or lists of values by seed
 
 

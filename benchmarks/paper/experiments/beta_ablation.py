@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from benchmarks.paper import figures
 from benchmarks.paper.experiment import Experiment, Plan, Results
 from benchmarks.paper.experiments.comparison import BETA, CE, LS
@@ -68,9 +66,6 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
     ]
 
 
-def draw(setting: Setting, results: Results, folder: Path) -> None:
-    """Draw bars."""
-    figures.bars(setting, results, folder / "figure.png", "Fig. 7")
-
-
-EXPERIMENT = Experiment("What the ranking of Beta smoothing is worth", "Fig. 7", plan, claims, draw)
+EXPERIMENT = Experiment(
+    "What the ranking of Beta smoothing is worth", "Fig. 7", plan, claims, figures.draw_bars("Fig. 7")
+)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.paper import figures
 from benchmarks.paper.experiment import Experiment, Plan, Results
@@ -58,9 +57,4 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
     return [Claim("C11", "A better teacher makes a better student", parts, premise)]
 
 
-def draw(setting: Setting, results: Results, folder: Path) -> None:
-    """Draw bars."""
-    figures.bars(setting, results, folder / "figure.png", "Fig. 8")
-
-
-EXPERIMENT = Experiment("Cross-distillation", "Fig. 8", plan, claims, draw)
+EXPERIMENT = Experiment("Cross-distillation", "Fig. 8", plan, claims, figures.draw_bars("Fig. 8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.paper import figures
 from benchmarks.paper.experiment import Experiment, Plan, Results
@@ -42,9 +41,4 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
     return decided
 
 
-def draw(setting: Setting, results: Results, folder: Path) -> None:
-    """Draw bars."""
-    figures.bars(setting, results, folder / "figure.png", "Fig. 9")
-
-
-EXPERIMENT = Experiment("Pruned distillation", "Fig. 9", plan, claims, draw)
+EXPERIMENT = Experiment("Pruned distillation", "Fig. 9", plan, claims, figures.draw_bars("Fig. 9"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from benchmarks.paper import figures
 from benchmarks.paper.experiment import Experiment, Plan, Results, cell, metric_table
 from benchmarks.paper.experiments.comparison import CE, SD
@@ -59,9 +57,4 @@ def table(setting: Setting, results: Results) -> str:
     )
 
 
-def draw(setting: Setting, results: Results, folder: Path) -> None:
-    """Draw bars."""
-    figures.bars(setting, results, folder / "figure.png", "sec. 5.2")
-
-
-EXPERIMENT = Experiment("The sample weights of Eq. 9", "sec. 5.2", plan, claims, draw, table)
+EXPERIMENT = Experiment("The sample weights of Eq. 9", "sec. 5.2", plan, claims, figures.draw_bars("sec. 5.2"), table)
