@@ -32,6 +32,7 @@ GRIDS = (
     "weight_decays",
     "beta_alphas",
     "prunes",
+    "true_classes",
 )
 
 

@@ -58,14 +58,19 @@ def beta_smoothing(
 
 
 def self_distillation(
-    *, temperature: float | None = None, alpha: float = ALPHA, scale_student: bool = False, prune: float = 0.0
+    *,
+    temperature: float | None = None,
+    true_class: float = TRUE_CLASS,
+    alpha: float = ALPHA,
+    scale_student: bool = False,
+    prune: float = 0.0,
 ) -> Method:
     """Distillation (Eq. 3), pruned (App. 9.7) where ``prune`` is not 0.
 
-    Without a temperature it is matched, so that the true class has the average share of label smoothing (sec. 7.1).
+    Without a temperature it is matched, so that the true class has the given average share (sec. 7.1).
     """
-    options = {"temperature": temperature or matched(), "alpha": alpha, "scale_student": scale_student, "prune": prune}
-    return Method("self-distillation", options)
+    options = {"alpha": alpha, "scale_student": scale_student, "prune": prune}
+    return Method("self-distillation", {"temperature": temperature or matched(true_class), **options})
 
 
 def matched(true_class: float = TRUE_CLASS) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.paper.data import DataSpec, train_size
-from benchmarks.paper.methods import Method, beta_smoothing, cross_entropy
+from benchmarks.paper.methods import TRUE_CLASS, Method, beta_smoothing, cross_entropy
 from benchmarks.paper.models import ModelSpec
 from benchmarks.paper.recipe import Recipe
 from benchmarks.paper.runs import TEACHER_SEED, Run
@@ -33,6 +33,7 @@ class Setting:
         weight_decays: Of Fig. 6, rising.
         beta_alphas: Least weights of the true class in Fig. 7, beside the 0.4 of the others; may be empty.
         prunes: Shares of the classes that are pruned in Fig. 9.
+        true_classes: Average shares of the true class in Fig. 3, beside the 0.85 of all others; may be empty.
     """
 
     data: DataSpec
@@ -51,6 +52,7 @@ class Setting:
     weight_decays: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     beta_alphas: tuple[float, ...] = (0.2, 0.6)
     prunes: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
+    true_classes: tuple[float, ...] = (0.95,)
 
     def __post_init__(self) -> None:
         """Check the numbers of runs and the grids."""
@@ -66,6 +68,8 @@ class Setting:
                 raise ValueError(f"fractions must be at most 1, got {got}")
             if name == "prunes" and (0.5 not in grid or grid[-1] >= 1):
                 raise ValueError(f"prunes must be below 1, and 0.5 be among them, got {got}")
+        if not all(0 < share < 1 and share != TRUE_CLASS for share in self.true_classes):
+            raise ValueError(f"true_classes must be above 0, below 1 and not {TRUE_CLASS}, got {self.true_classes}")
 
     def run(self, method: Method, teacher: Run | None = None, **changes: Any) -> Run:
         """Make the run of a method, with seed 0; ``changes`` are fields of ``Run``."""
@@ -133,7 +137,8 @@ def preset(
     pairs = dataset == "fashion-pairs"
     if name in ("gpu", "paper"):
         data = DataSpec(dataset, pairs=50_000, size=28) if pairs else DataSpec(dataset, size=size)
-        return Setting(data, **common, seeds=5, device="cuda", ema_decay=0.999)
+        strengths: dict[str, Any] = {"true_classes": ()} if name == "paper" else {}
+        return Setting(data, **common, **strengths, seeds=5, device="cuda", ema_decay=0.999)
     data = DataSpec(dataset, pairs=6_000, size=14) if pairs else DataSpec(dataset, size=size)
     if name == "laptop":
         fewer = {"seeds": 3, "prunes": (0.5, 0.9)}  # two to five minutes a run
@@ -149,6 +154,7 @@ def preset(
         fractions=(0.5, 1.0),
         weight_decays=(1e-4, 1e-3),
         prunes=(0.5,),
+        true_classes=(0.8,),  # a network trained for this short is too unsure to teach with 0.95
     )
 
 

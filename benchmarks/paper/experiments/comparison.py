@@ -14,14 +14,21 @@ CE, LS, BETA, SD = "cross-entropy", "label smoothing", "Beta smoothing", "self-d
 
 
 def plan(setting: Setting) -> Plan:
-    """Make the four methods of the figure."""
+    """Make the four methods of the figure, then the three that smooth with other strengths."""
     teacher = setting.teacher()
-    return {
+    runs = {
         CE: setting.run(cross_entropy()),
         LS: setting.run(label_smoothing()),
         BETA: setting.beta(),
         SD: setting.run(self_distillation(), teacher),
     }
+    for share in setting.true_classes:
+        runs |= {
+            f"{LS}, true class {share:g}": setting.run(label_smoothing(share)),
+            f"{BETA}, true class {share:g}": setting.beta(true_class=share),
+            f"{SD}, true class {share:g}": setting.run(self_distillation(true_class=share), teacher),
+        }
+    return runs
 
 
 def claims(setting: Setting, results: Results) -> list[Claim]:
