@@ -1,7 +1,7 @@
 """Drop-in PyTorch losses whose soft labels fit each training instance."""
 
 from softlabels import functional, metrics, plotting, tuning
-from softlabels.kernels import backend, get_backend, set_backend
+from softlabels.kernels.backend import backend, get_backend, set_backend
 from softlabels.losses import (
     BetaSmoothingLoss,
     ConfidencePenaltyLoss,

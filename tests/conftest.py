@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pages
 import pytest
 import torch
 from hypothesis import settings
@@ -13,3 +14,8 @@ def _repeatable():
     """One thread (the suite runs in several processes) and known random numbers for every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say what of the documentation is not run."""
+    terminalreporter.write_line(pages.summary())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
+import pages
 import pytest
 
 import softlabels
@@ -14,34 +16,32 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(text, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-PAGES = {"README.md": 7, "docs/idea.md": 6, "docs/metrics.md": 5}  # blocks of Python that run, by page
-NOT_RUN = {"docs/attach.md": 1}  # FSDP2 wants a process group; tests/teachers/test_distributed.py does the same
-
-
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [name for name in pages.PAGES if pages.code(name)])
 def test_code_runs(name, tmp_path, monkeypatch):
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # from where the site is built, figures are in docs
     monkeypatch.chdir(tmp_path)
-    code = blocks((ROOT / name).read_text(), "python")
-    assert len(code) == PAGES[name]
+    monkeypatch.setattr(sys, "path", [*sys.path])
     namespace = {}
-    for block in code:
+    for block in pages.code(name):
         exec(compile(block, name, "exec"), namespace)
-    if name == "docs/metrics.md":
-        assert {p.name for p in tmp_path.iterdir()} == {"reliability.png", "soft-labels.png"}
+    written = {path.name for path in tmp_path.iterdir()} - {"docs"}
+    assert written == {"README.md": {"checkpoint.pt"}, "docs/metrics.md": {"reliability.png", "soft-labels.png"}}.get(
+        name, set()
+    )
 
 
-def test_no_page_is_forgotten():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    counts = {str(path.relative_to(ROOT)): len(blocks(path.read_text(), "python")) for path in pages}
-    assert {name: count for name, count in counts.items() if count} == {**PAGES, **NOT_RUN}
+def test_every_block_of_python_is_run():
+    for name in pages.PAGES:
+        fences = [line for line in (ROOT / name).read_text().splitlines() if "```py" in line]
+        recipes = [block for block in pages.blocks(name, "python") if block.startswith("--8<--")]
+        assert len(fences) == len(pages.code(name)) + len(recipes)
+        if name != "docs/recipes.md":  # tests/test_recipes.py runs these
+            assert not recipes
+    assert pages.summary().startswith("code in README and docs: ")
 
 
 def test_ci_runs_the_commands_of_the_readme():
-    commands = "".join(blocks(README, "bash"))
+    commands = "".join(pages.blocks("README.md", "bash"))
     script = (ROOT / ".ci" / "run").read_text()
     for line in (
         'pip install -e ".[dev]" && pytest',
@@ -60,7 +60,7 @@ def test_readme_numbers_are_the_committed_ones(name):
         assert row in README
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.parametrize("name", pages.PAGES)
 def test_relative_links_resolve(name):
     path = ROOT / name
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
