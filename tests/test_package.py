@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import softlabels
 from softlabels import functional, metrics, plotting, tuning
@@ -51,11 +53,31 @@ def test_public_names_are_documented(module, name):
     thing = getattr(module, name)
     doc = inspect.getdoc(thing)
     assert ">>>" in doc
-    if name in ("backend", "get_backend", "set_backend"):
-        return
-    assert "Reference:" in doc
+    assert "Reference:" in doc or name in ("backend", "get_backend", "set_backend")  # no science in these
+    check_parameters(thing, name)
+
+
+def methods_on_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name, members in re.findall(
+        r"^::: (softlabels[\w.]+)\n    options: {members: \[([\w, ]+)\]", page, re.MULTILINE
+    ):
+        module, _, last = name.rpartition(".")
+        thing = getattr(importlib.import_module(module), last)
+        yield from ((getattr(thing, member), f"{name}.{member}") for member in members.split(", "))
+
+
+@pytest.mark.parametrize(("thing", "name"), [*methods_on_the_api_page()], ids=lambda v: v if isinstance(v, str) else "")
+def test_public_methods_are_documented(thing, name):
+    if not isinstance(thing, property):
+        check_parameters(thing, name)
+
+
+def check_parameters(thing, name):
+    doc = inspect.getdoc(thing)
+    assert doc, name
     for parameter in inspect.signature(thing).parameters:
-        assert f"{parameter}:" in doc, f"{name} does not document {parameter}"
+        assert parameter == "self" or f"{parameter}:" in doc, f"{name} does not document {parameter}"
 
 
 def test_signatures_are_the_documented_ones():
@@ -91,6 +113,28 @@ def test_version_is_in_one_place():
     assert metadata.version("softlabels") == softlabels.__version__
     assert f"version: {softlabels.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"[{softlabels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_readme_renders_as_on_an_index_of_packages():
+    readme_renderer = pytest.importorskip("readme_renderer.markdown", reason="readme-renderer[md] is in the extra dev")
+    page = readme_renderer.render((ROOT / "README.md").read_text())
+    assert page is not None
+    for element in ("<h1", "<table>", "<pre", '<a href="https://arxiv.org/abs/2006.05065"'):
+        assert element in page
+    assert "|---" not in page  # a table that was not understood
+
+
+def test_github_runs_the_same_ci():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert job["steps"][-1]["run"] == ".ci/run"
+    assert job["timeout-minutes"] <= 90
+
+
+def test_citation_is_of_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the schema requires
+    assert citation["preferred-citation"]["title"] == "Self-Distillation as Instance-Specific Label Smoothing"
 
 
 TRAIN = """

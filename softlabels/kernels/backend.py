@@ -21,6 +21,9 @@ _backend = _checked(os.environ.get("SOFTLABELS_BACKEND", "auto"), "the environme
 def get_backend() -> str:
     """Return the name of the backend in force.
 
+    Returns:
+        ``"auto"``, ``"eager"`` or ``"compile"``; see [`set_backend`][softlabels.set_backend].
+
     Example:
         >>> import softlabels
         >>> softlabels.get_backend()
@@ -58,7 +61,13 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the backend inside a ``with`` block; see [`set_backend`][softlabels.set_backend].
+    """Choose the backend inside a ``with`` block.
+
+    Args:
+        name: As in [`set_backend`][softlabels.set_backend].
+
+    Raises:
+        ValueError: ``name`` is not a backend.
 
     Example:
         >>> import softlabels

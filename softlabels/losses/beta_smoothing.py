@@ -185,6 +185,9 @@ class BetaSmoothingLoss(AttachableLoss):
     def concentration_for(self, num_classes: int) -> float:
         """The parameter $a$ of Beta(a, 1) for this number of classes; infinity where nothing is smoothed.
 
+        Args:
+            num_classes: $K$, at least 1.
+
         Raises:
             ValueError: with this many classes, ``label_smoothing`` leaves the true class no more than ``alpha``.
         """

@@ -42,7 +42,17 @@ class ReliabilityCurve:
     edges: Tensor
 
     def error(self, norm: str = "l1") -> Tensor:
-        """Calibration error of this curve; see [`calibration_error`][softlabels.metrics.calibration_error]."""
+        """Calibration error of this curve; see [`calibration_error`][softlabels.metrics.calibration_error].
+
+        Args:
+            norm: ``"l1"``, ``"l2"`` or ``"max"``.
+
+        Returns:
+            A float64 scalar, nan for a curve of no samples.
+
+        Raises:
+            ValueError: ``norm`` is another.
+        """
         _checks.check_choice("norm", norm, NORMS)
         gap = torch.where(self.count > 0, (self.accuracy - self.confidence).abs(), 0.0).double()
         share = self.count.double() / self.count.sum()  # nan without samples, and so is the error
