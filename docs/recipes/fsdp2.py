@@ -38,7 +38,7 @@ model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(devi
 teacher = softlabels.EMATeacher(model, decay=0.99)  # copy first,
 shard(model)  # shard both alike,
 shard(teacher.module)
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.1).attach(model, teacher=teacher)  # then attach
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(model, teacher=teacher)  # then attach
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 for epoch in range(6):

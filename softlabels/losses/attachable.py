@@ -55,7 +55,7 @@ class AttachableLoss(SoftLabelLoss):
                 index, or a function. Tensors, tuples (first tensor), ``"logits"``, ``"out"`` and ``.logits`` need
                 none, and neither do views of them: ``logits.flatten(0, 1)``, ``logits.transpose(1, 2)``,
                 ``logits[:, :-1]``. What copies, such as ``logits[mask]`` or an interpolation, needs a function
-                that does the same.
+                that does the same; a copy of the same shape is taken to have its rows in the same order.
             teacher_inputs: For a teacher that takes other inputs than the model: a function of the model's arguments
                 that returns the teacher's, as a tuple of positional or a dict of keyword arguments, or as one value.
 
