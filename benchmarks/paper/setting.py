@@ -69,7 +69,8 @@ class Setting:
             if name == "prunes" and (0.5 not in grid or grid[-1] >= 1):
                 raise ValueError(f"prunes must be below 1, and 0.5 be among them, got {got}")
         if not all(0 < share < 1 and share != TRUE_CLASS for share in self.true_classes):
-            raise ValueError(f"true_classes must be above 0, below 1 and not {TRUE_CLASS}, got {self.true_classes}")
+            got = ", ".join(f"{x:g}" for x in self.true_classes)
+            raise ValueError(f"true_classes must be above 0, below 1 and not {TRUE_CLASS}, got {got}")
 
     def run(self, method: Method, teacher: Run | None = None, **changes: Any) -> Run:
         """Make the run of a method, with seed 0; ``changes`` are fields of ``Run``."""

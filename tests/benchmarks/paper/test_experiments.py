@@ -282,7 +282,10 @@ def test_command_line(tmp_path, capsys):
         (["comparison", "--seeds", "0"], "seeds must be from 1 to 100, got 0"),
         (["sequential", "--generations", "1"], "generations must be from 2 to 1000, got 1"),
         (["pruned", "--prunes", "0.25,0.75"], "prunes must be below 1, and 0.5 be among them, got 0.25, 0.75"),
-        (["comparison", "--true-classes", "0.95,0.85"], "true_classes must be above 0, below 1 and not 0.85, got"),
+        (
+            ["comparison", "--true-classes", "0.95,0.85"],
+            "true_classes must be above 0, below 1 and not 0.85, got 0.95, 0.85",
+        ),
         (["weight-decay", "--weight-decays", "0,1e-4"], "weight_decays must be 2 or more numbers above 0 that rise"),
         (["train-size", "--fractions", "0.5,1.5"], "fractions must be at most 1, got 0.5, 1.5"),
         (["comparison", "--batch-size", "1000"], "batch_size=1000 is more than the 810 training samples of digits"),
