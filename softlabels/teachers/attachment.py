@@ -18,6 +18,7 @@ from softlabels.teachers.models import (
     check_output,
     check_supported,
     find_logits,
+    is_picked,
     is_unrelated,
     select_logits,
     unwrap,
@@ -98,6 +99,12 @@ class Attachment:
             raise RuntimeError(
                 f"the attached model made {captured.passes} training passes since the loss was last called, and the "
                 "loss was not given the logits of the last one; call the loss after each pass"
+            )
+        if not callable(self._output) and is_picked(captured.logits, input):
+            raise RuntimeError(
+                "the loss was given rows picked from the model's logits, perhaps in another order, which the teacher's "
+                "do not follow; let attach(..., output=...) do the same to what the teacher returns, or reorder the "
+                "targets instead"
             )
         self.flush()
         args, kwargs = captured.args, captured.kwargs

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Output = str | int | Callable[[Any], Tensor] | None
+_PICKING = {f"{name}Backward0" for name in ("Flip", "Gather", "Index", "IndexSelect", "Roll")}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -98,6 +99,13 @@ def is_unrelated(produced: Tensor | None, given: Tensor) -> bool:
     if produced is None or (produced.shape, produced.dtype) != (given.shape, given.dtype) or is_sharded(produced):
         return False
     return bool(produced.untyped_storage().data_ptr() != given.untyped_storage().data_ptr())
+
+
+def is_picked(produced: Tensor | None, given: Tensor) -> bool:
+    """Whether ``given`` has the shape of a model's own logits, but its rows were just picked or moved among them."""
+    if given.grad_fn is None or torch.compiler.is_compiling() or not is_unrelated(produced, given):
+        return False
+    return given.grad_fn.name() in _PICKING  # what came before it may be the model's own doing
 
 
 def _is_other_view(produced: Tensor, given: Tensor) -> bool:

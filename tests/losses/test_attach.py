@@ -428,6 +428,39 @@ def test_views_of_the_logits(name, length):
     torch.testing.assert_close(loss, wanted)
 
 
+REORDERED = {
+    "index": lambda z: z[torch.arange(7, -1, -1)],
+    "index_select": lambda z: z.index_select(0, torch.arange(7, -1, -1)),
+    "flip": lambda z: z.flip(0),
+    "roll": lambda z: z.roll(1, 0),
+    "gather": lambda z: z.gather(0, torch.arange(7, -1, -1)[:, None].expand(8, 3)),
+}
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_rows_in_another_order_need_output(name):
+    reorder = REORDERED[name]
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+    criterion = softlabels.SelfDistillationLoss().attach(model)
+    with pytest.raises(RuntimeError, match=r"another order.*let attach\(\.\.\., output=\.\.\.\) do the same"):
+        criterion(reorder(model(x)), y)
+    criterion.detach().attach(model, output=reorder)
+    logits = reorder(model(x))
+    wanted = self_distillation_loss(logits, y, reorder(criterion.teacher(x)))
+    torch.testing.assert_close(criterion(logits, y), wanted)
+
+
+def test_a_model_may_pick_its_own_rows():
+    class Sorted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).flip(0)
+
+    model, x, y = Sorted(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+    criterion = softlabels.SelfDistillationLoss().attach(model)
+    for change in (lambda z: z, lambda z: z.float(), lambda z: z / 2, lambda z: z.clone()):
+        assert criterion(change(model(x)), y).isfinite()
+
+
 def test_copies_of_the_logits_need_output():
     model = nn.Linear(4, 3)
     x, mask = torch.randn(8, 5, 4), torch.rand(8, 5) < 0.5
