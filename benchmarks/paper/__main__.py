@@ -24,16 +24,7 @@ from benchmarks.paper.statistics import Claim
 from benchmarks.paper.store import Store
 
 NOT_SHOWN = {"out", "workers", "data_dir"}  # options that say where and how, and change no number
-GRIDS = (
-    "temperatures",
-    "student_temperatures",
-    "student_alphas",
-    "fractions",
-    "weight_decays",
-    "beta_alphas",
-    "prunes",
-    "true_classes",
-)
+GRIDS = tuple(name for name, kind in Setting.__annotations__.items() if "tuple" in kind)
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -103,9 +103,9 @@ def is_unrelated(produced: Tensor | None, given: Tensor) -> bool:
 
 def is_picked(produced: Tensor | None, given: Tensor) -> bool:
     """Whether ``given`` has the shape of a model's own logits, but its rows were just picked or moved among them."""
-    if given.grad_fn is None or torch.compiler.is_compiling() or not is_unrelated(produced, given):
-        return False
-    return given.grad_fn.name() in _PICKING  # what came before it may be the model's own doing
+    if torch.compiler.is_compiling() or given.grad_fn is None or given.grad_fn.name() not in _PICKING:
+        return False  # what came before the last operation may be the model's own doing
+    return is_unrelated(produced, given)
 
 
 def _is_other_view(produced: Tensor, given: Tensor) -> bool:
