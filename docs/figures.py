@@ -14,11 +14,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from softlabels.functional import beta_smoothing_targets, distillation_targets
-from softlabels.plotting import soft_labels
-from softlabels.tuning import match_temperature, true_class_for
+from softlabels.plotting import BLUE, GREY, ORANGE, soft_labels
+from softlabels.tuning import beta_concentration, match_temperature, true_class_for
 
 INK = "#000000"
-COLORS = ("#2f81c1", "#dd7e33", "#8c8c8c", "#9c63b8")  # legible on white and on dark pages
+COLORS = (BLUE, ORANGE, GREY, "#9c63b8")  # legible on white and on dark pages
 
 
 def svg(figure: Figure, description: str) -> str:
@@ -69,7 +69,13 @@ def three_soft_labels() -> Figure:
     share = true_class_for(0.15, 10)
     smooth = torch.full((64, 10), (1 - share) / 9).scatter_(1, labels[:, None], share)
     confidence = logits.softmax(1).amax(1)
-    drawn = beta_smoothing_targets(labels, 10, confidence, generator=torch.Generator().manual_seed(0))
+    drawn = beta_smoothing_targets(
+        labels,
+        10,
+        confidence,
+        concentration=beta_concentration(share, alpha=0.4),
+        generator=torch.Generator().manual_seed(0),
+    )
     temperature = match_temperature(logits, labels, alpha=0.6, true_class=share)
     taught = distillation_targets(labels, logits, alpha=0.6, temperature=temperature)
     figure = Figure(figsize=(11, 3), layout="constrained")
