@@ -63,7 +63,7 @@ class Case:
 
 def _beta_rows(logits, labels, class_weight, kept, *, confidence, alpha, concentration):
     generator = torch.Generator().manual_seed(SEED)
-    uniforms = torch.rand(len(logits) + 1, generator=generator, dtype=torch.float64).tolist()
+    uniforms = torch.rand(len(logits), generator=generator, dtype=torch.float64).tolist()
     draws = reference.beta_draws(uniforms, confidence, kept, concentration)
     return [
         reference.beta_smoothing(x, y, class_weight, b, alpha) for x, y, b in zip(logits, labels, draws, strict=True)

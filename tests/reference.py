@@ -45,7 +45,7 @@ def mean_weight(label: Label, class_weight: Row) -> float:
 
 
 def order_statistics(uniforms: Row, count: int) -> list[float]:
-    """The ``count`` ascending uniforms made of ``count + 1`` exponentials (NOTES: sorted uniforms need no sort)."""
+    """The ``count`` ascending uniforms made of ``count + 1`` exponentials (sorted uniforms need no sort)."""
     exponentials = [-math.log(1.0 - u) for u in uniforms[: count + 1]]
     total = sum(exponentials)
     return [sum(exponentials[: i + 1]) / total for i in range(count)]
@@ -57,7 +57,7 @@ def beta_draws(uniforms: Row, confidence: Row | None, kept: Sequence[bool], conc
         return [u ** (1.0 / concentration) for u in uniforms]
     rows = sorted((i for i in range(len(kept)) if kept[i]), key=lambda i: confidence[i])
     draws = [0.0] * len(kept)
-    for row, u in zip(rows, order_statistics(uniforms, len(rows)), strict=True):
+    for row, u in zip(rows, sorted(uniforms[: len(rows)]), strict=True):
         draws[row] = u ** (1.0 / concentration)
     return draws
 

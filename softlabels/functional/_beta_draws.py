@@ -1,14 +1,15 @@
-"""Draws from Beta(a, 1), one per row, ascending in the order of the rows' confidence (paper sec. 6).
+"""The two levels of Beta smoothing: draws from Beta(a, 1), ascending in the order of the rows' confidence (sec. 6).
 
-A Beta(a, 1) draw is U ** (1 / a), so it is enough to order uniforms, and ordered uniforms need no sort: the partial
-sums of m + 1 exponentials over their total are m ascending uniforms. float64 keeps the sums ascending.
-
-On a CPU this is done in numpy: where rows are few, operations of torch take longer to start than numpy's to end.
+A Beta(a, 1) draw is U ** (1 / a), so it is enough to order uniforms. On a CPU they are sorted, in numpy where that can
+be: where rows are few, operations of torch take longer to start than numpy's to end. On an accelerator a sort takes
+more kernels than it takes to make them in order: the partial sums of m + 1 exponentials over their total are m
+ascending uniforms. float64 keeps the sums ascending.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,49 +19,91 @@ from torch import Tensor
 from softlabels import kernels
 from softlabels.functional._rows import Rows
 
-Draws = Tensor | NDArray[np.float64]
+
+class Levels(NamedTuple):
+    """Soft labels as the row kernel takes them: ``hard`` times the label and ``uniform`` for every class."""
+
+    target: Tensor
+    hard: kernels.Coefficient
+    uniform: kernels.Coefficient
 
 
 def two_levels(
-    draws: Draws, alpha: float, rows: Rows, weight: kernels.Coefficient = 1.0
-) -> tuple[kernels.Coefficient, kernels.Coefficient]:
-    """What the label has more than other classes, and what every class has (sec. 6 in Eq. 3), times a weight."""
-    if rows.num_classes == 1:
-        return weight, 0.0
-    share = (1.0 - alpha) / (rows.num_classes - 1)
-    uniform = share - share * draws
-    hard = 1.0 - rows.num_classes * uniform
-    if not isinstance(weight, Tensor):
-        hard, uniform, weight = weight * hard, weight * uniform, 1.0
-    return kernels.times(weight, _to_rows(hard, rows)), kernels.times(weight, _to_rows(uniform, rows))
-
-
-def _to_rows(values: Draws, rows: Rows) -> Tensor:
-    """Row-shaped, in the working dtype."""
-    dtype = kernels.working_dtype(rows.logits)
-    if isinstance(values, Tensor):
-        return values.to(dtype)
-    if dtype == torch.float32:
-        values = values.astype(np.float32)
-    return torch.from_numpy(values)
-
-
-def beta_draws(
     rows: Rows,
     confidence: Tensor | None,
+    alpha: float,
     concentration: float,
     generator: torch.Generator | None,
     *,
+    weight: kernels.Coefficient = 1.0,
     joint: bool = False,
-) -> Draws:
-    """One Beta(concentration, 1) draw per row, in the order of the confidence or, without one, at random."""
+) -> Levels:
+    """Soft labels of newly drawn amounts (sec. 6 in Eq. 3), times a weight.
+
+    Without a confidence, draws are handed out at random.
+    """
+    logits = rows.logits
+    num_classes = logits.shape[1]
+    if num_classes == 1:
+        return Levels(rows.target, weight, 0.0)
+    amount = 1.0
+    if not isinstance(weight, Tensor):
+        amount, weight = weight, 1.0
+    share = amount * (1.0 - alpha) / (num_classes - 1)
+    if confidence is not None:
+        confidence = rows.row_argument("confidence", confidence)
+        if not joint and rows.readable and kernels.can_be_numpy(confidence):
+            return _by_numpy(rows, confidence, concentration, generator, share, amount, weight)
+    draws = _draws(rows, confidence, concentration, generator, joint)
+    uniform = (share - share * draws).to(kernels.working_dtype(logits))
+    hard = amount - num_classes * uniform
+    return Levels(rows.target, kernels.times(weight, hard), kernels.times(weight, uniform))
+
+
+def _by_numpy(
+    rows: Rows,
+    score: Tensor,
+    concentration: float,
+    generator: torch.Generator | None,
+    share: float,
+    amount: float,
+    weight: kernels.Coefficient,
+) -> Levels:
+    """As `two_levels` with the draws of `_draws`."""
+    logits, target, kept = rows.logits, rows.target, rows.kept
+    num_classes = logits.shape[1]
+    values = kernels.to_numpy(score)
+    ranked = values.ravel() if kept is None else values[kept.numpy()]
+    order = ranked.argsort(kind="stable")
+    if ranked.size and ranked[order[-1]] != ranked[order[-1]]:  # nan is sorted behind all else
+        order = np.where(np.isnan(ranked), -np.inf, ranked).argsort(kind="stable")
+    draws = _rand((values.size,), torch.float64, score.device, generator).numpy()[: ranked.size]
+    draws.sort()
+    draws **= 1.0 / concentration
+    ascending: NDArray[np.float64] = share - share * draws
+    dtype = np.float64 if logits.dtype == torch.float64 else np.float32
+    whole = kept is None and rows.class_weight is None and logits.dim() == 2 and target.dim() == 1
+    if whole and logits.numel() <= kernels.FEW:  # the kernel takes soft labels sooner than their parts
+        soft = np.empty(logits.shape, dtype)
+        soft[order] = ascending[:, None]
+        soft[order, target.numpy()[order]] = amount - (num_classes - 1) * ascending
+        return Levels(torch.from_numpy(soft), weight, 0.0)
+    uniform: NDArray[np.floating[Any]] = np.full(values.size, share, dtype)
+    uniform[order if kept is None else np.flatnonzero(kept.numpy())[order]] = ascending
+    hard = torch.from_numpy((amount - num_classes * uniform).reshape(values.shape))
+    every = torch.from_numpy(uniform.reshape(values.shape))
+    return Levels(target, kernels.times(weight, hard), kernels.times(weight, every))
+
+
+def _draws(
+    rows: Rows, score: Tensor | None, concentration: float, generator: torch.Generator | None, joint: bool
+) -> Tensor:
+    """One Beta(concentration, 1) draw per row; 0 for ignored rows."""
     device = rows.logits.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    if confidence is None:
+    if score is None:
         return _rand(rows.shape, dtype, device, generator) ** (1.0 / concentration)
-    score = rows.row_argument("confidence", confidence).detach()
-    if not joint and kernels.can_be_numpy(score):
-        return _by_numpy(score, rows.kept, _rand((score.numel() + 1,), dtype, device, generator), concentration)
+    score = score.detach()
     if not score.is_floating_point():
         score = score.to(dtype)
     limit = torch.finfo(score.dtype).max
@@ -69,23 +112,6 @@ def beta_draws(
         score = score.masked_fill(~rows.kept, torch.inf)  # behind all kept rows
     draw = _joint_uniforms if joint else _ordered_uniforms
     return draw(score.flatten(), dtype, generator).view(rows.shape) ** (1.0 / concentration)
-
-
-def _by_numpy(score: Tensor, kept: Tensor | None, source: Tensor, concentration: float) -> NDArray[np.float64]:
-    """Of n + 1 uniforms, which m + 1 make those of the m kept rows, as in `_hand_out`."""
-    values = kernels.to_numpy(score)
-    chosen = None if kept is None else kept.numpy()
-    ranked = values.ravel() if chosen is None else values[chosen]
-    if ranked.size and ranked.dtype.kind == "f" and np.isnan(ranked.max()):
-        ranked = np.where(np.isnan(ranked), -np.inf, ranked)
-    sums = np.log1p(-source.numpy()[: ranked.size + 1]).cumsum()
-    draws = np.empty(ranked.size)
-    draws[ranked.argsort(kind="stable")] = (sums[:-1] / sums[-1]) ** (1.0 / concentration)
-    if chosen is None:
-        return draws.reshape(values.shape)
-    result = np.zeros(values.shape)
-    result[chosen] = draws
-    return result
 
 
 def _rand(shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -99,21 +125,36 @@ def _rand(shape: Sequence[int], dtype: torch.dtype, device: torch.device, genera
 
 
 def _ordered_uniforms(score: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Independent uniforms handed out in ascending order of the score; rows of infinite score are not drawn for."""
-    return _hand_out(score, _rand((score.numel() + 1,), dtype, score.device, generator))
+    """Independent uniforms handed out in ascending order of the score; 0 for rows of infinite score."""
+    return _hand_out(score, _rand((_needed(score),), dtype, score.device, generator))
+
+
+def _needed(score: Tensor) -> int:
+    """How many uniforms are drawn for so many rows."""
+    return score.numel() + (score.device.type != "cpu")
 
 
 def _hand_out(score: Tensor, source: Tensor) -> Tensor:
-    """Turn n + 1 uniforms into the order statistics of one uniform per row of finite score, in the order of the scores.
+    """Give the first rows of ``source``, one for each row of finite score, to these in the order of the scores.
 
-    Nothing is sorted but the scores. The total of the sums is read at position m, so that nothing waits for the value
-    of m.
+    Nothing waits for the value of their number.
     """
     order = score.argsort(stable=True)
-    sums = (-torch.log1p(-source)).cumsum(0)
     count = (score < torch.inf).sum()
-    ascending = (sums[:-1] / sums.gather(0, count.view(1))).clamp(max=1.0)
+    ascending = sorted_uniforms(source, count) if score.device.type == "cpu" else summed_uniforms(source, count)
     return torch.zeros_like(ascending).scatter(0, order, ascending)
+
+
+def sorted_uniforms(source: Tensor, count: Tensor) -> Tensor:
+    """The first ``count`` of n uniforms in ascending order, then zeros."""
+    left_out = torch.arange(source.numel(), device=source.device) >= count
+    return source.masked_fill(left_out, 1.0).sort().values.masked_fill(left_out, 0.0)
+
+
+def summed_uniforms(source: Tensor, count: Tensor) -> Tensor:
+    """The order statistics of ``count`` uniforms, made of n + 1; the other n - ``count`` numbers mean nothing."""
+    sums = (-torch.log1p(-source)).cumsum(0)
+    return (sums[:-1] / sums.gather(0, count.view(1))).clamp(max=1.0)
 
 
 def _joint_uniforms(score: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
@@ -129,6 +170,7 @@ def _joint_uniforms(score: Tensor, dtype: torch.dtype, generator: torch.Generato
     padded[: score.numel()] = score
     gathered = [torch.empty_like(padded) for _ in range(world)]
     torch.distributed.all_gather(gathered, padded)
-    source = _rand((world * length + 1,), dtype, score.device, generator)
+    everyone = torch.cat(gathered)
+    source = _rand((_needed(everyone),), dtype, score.device, generator)
     torch.distributed.broadcast(source, 0)
-    return _hand_out(torch.cat(gathered), source)[rank * length :][: score.numel()]
+    return _hand_out(everyone, source)[rank * length :][: score.numel()]

@@ -20,6 +20,7 @@ class Rows(NamedTuple):
     class_weight: Tensor | None  # (K,) in the working dtype
     sample_weight: Tensor | None  # (N, d1, ...) in the working dtype
     single: bool  # the caller's input was one row without a batch dimension
+    readable: bool  # the numbers of logits and target can be read, and that costs nothing
 
     @property
     def shape(self) -> torch.Size:
@@ -74,6 +75,10 @@ def prepare(
     if counts and isinstance(target, Tensor) and target.shape == input.shape and not target.is_complex():
         target = target.to(dtype)
     _checks.check_target(input, target, ignore_index)
+    readable = target.is_cpu and kernels.is_plain(input, target)
+    if weight is None and sample_weight is None and target.dtype == torch.int64 and input.dim() == 2:  # mostly so
+        target, kept = _labels(target, input.shape[1], ignore_index, readable)
+        return Rows(input, target, kept, None, None, False, readable)
 
     single = input.dim() == 1
     row_shape = input.shape[:1] + input.shape[2:] if not single else torch.Size(())
@@ -87,32 +92,40 @@ def prepare(
     if target.shape == input.shape:
         target = target.to(dtype)
     else:
-        target, kept = _labels(target.reshape(row_shape).long(), num_classes, ignore_index)
+        target, kept = _labels(target.reshape(row_shape).long(), num_classes, ignore_index, readable)
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
         kept = None if kept is None else kept.unsqueeze(0)
-    rows = Rows(input, target, kept, weight, None, single)
+    rows = Rows(input, target, kept, weight, None, single, readable)
     if sample_weight is not None:
         sample_weight = rows.row_argument("sample_weight", sample_weight).to(dtype)
         rows = rows._replace(sample_weight=sample_weight)
     return rows
 
 
-def _labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+def _labels(target: Tensor, num_classes: int, ignore_index: int, readable: bool) -> tuple[Tensor, Tensor | None]:
     """Class indices with ignored ones replaced by 0, and which rows are kept: None where that is known to be all.
 
     A label that no class has is an IndexError where labels can be read for nothing; on an accelerator the kernels'
     gather is a device-side assertion, as in torch.
     """
-    ends = _checks.peek_range(target)
+    ends = _range(target) if readable else None
     kept = None
     if ends is None or ends[0] <= ignore_index <= ends[1]:
         kept = target != ignore_index
         target = target.masked_fill(~kept, 0)
-        ends = ends and _checks.peek_range(target)
+        ends = ends and _range(target)
     if ends is not None and (ends[0] < 0 or ends[1] >= num_classes):
         check_labels(target, num_classes, " or ignore_index")
     return target, kept
+
+
+def _range(values: Tensor) -> tuple[int, int] | None:
+    """The least and the greatest of whole numbers, if there are any."""
+    if values.numel() == 0:
+        return None
+    least, greatest = values.aminmax()
+    return int(least.item()), int(greatest.item())
 
 
 def check_labels(target: Tensor, num_classes: int, alternative: str = "") -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._beta_draws import beta_draws, two_levels
+from softlabels.functional._beta_draws import two_levels
 from softlabels.functional._rows import factor, finish, prepare
 from softlabels.functional._targets import label_probabilities
 
@@ -106,9 +106,8 @@ def ranked_beta_smoothing_loss(
     _checks.check_fraction("alpha", alpha)
     _checks.check_positive("concentration", concentration, infinite=True)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
-    draws = beta_draws(rows, confidence, concentration, generator, joint=joint)
-    hard, uniform = two_levels(draws, alpha, rows, factor(rows, reduction))
-    result = kernels.two_level(rows.logits, rows.target, hard, uniform, rows.class_weight, reduce=reduction != "none")
+    label = two_levels(rows, confidence, alpha, concentration, generator, weight=factor(rows, reduction), joint=joint)
+    result = kernels.two_level(rows.logits, *label, rows.class_weight, reduce=reduction != "none")
     return finish(result, rows, reduction)
 
 
@@ -153,7 +152,6 @@ def beta_smoothing_targets(
     _checks.check_positive("concentration", concentration, infinite=True)
     probabilities = label_probabilities(target, num_classes)
     rows = prepare(probabilities, probabilities, None, None, -100, "none")
-    draws = beta_draws(rows, confidence, concentration, generator)
-    hard, uniform = (kernels.column(level) for level in two_levels(draws, alpha, rows))
-    soft = uniform + hard * rows.target
+    label = two_levels(rows, confidence, alpha, concentration, generator)
+    soft = kernels.column(label.uniform) + kernels.column(label.hard) * label.target
     return soft.squeeze(0) if rows.single else soft

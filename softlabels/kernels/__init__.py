@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softlabels.kernels import automatic, compiled, eager, formula, fused
 from softlabels.kernels.backend import backend, get_backend, set_backend
-from softlabels.kernels.plain import can_be_numpy, to_numpy
+from softlabels.kernels.plain import can_be_numpy, is_plain, to_numpy
 from softlabels.kernels.soft_label import (
     Coefficient,
     SoftLabel,
@@ -28,12 +28,14 @@ from softlabels.kernels.soft_label import (
 )
 
 __all__ = [
+    "FEW",
     "Coefficient",
     "backend",
     "can_be_numpy",
     "column",
     "confidence_penalty",
     "get_backend",
+    "is_plain",
     "set_backend",
     "teacher",
     "teacher_probabilities",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 
+FEW = 2**16  # so few logits on a CPU are done sooner by the plain formula than by any closed form
 _BACKENDS: dict[str, fused.ClosedForm] = {"auto": automatic, "eager": eager, "compile": compiled}
 
 
@@ -109,8 +112,12 @@ def confidence_penalty(
 
 
 def _log_likelihood(label: SoftLabel, logits: Tensor, reduce: bool) -> Tensor:
-    label = fused.savable(label)
-    if fused.applicable(label, logits):
-        return fused.log_likelihood(label, logits, _BACKENDS[get_backend()], reduce)
-    rows = formula.log_likelihood(label, logits)
+    if is_plain(logits, *label.tensors().values()):
+        if logits.is_cpu and logits.numel() <= FEW:
+            result = formula.log_likelihood_of_few(label, logits, reduce)
+        else:
+            result = fused.log_likelihood(label, logits, _BACKENDS[get_backend()], reduce)
+        if result is not None:
+            return result
+    rows = formula.log_likelihood(fused.savable(label), logits)
     return rows.sum() if reduce else rows

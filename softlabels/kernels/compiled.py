@@ -74,14 +74,14 @@ def _values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, ...]:
     label, of_teacher = label.normalized()
     largest, shifted, exponentials = _shifted(logits)
     log_sum = exponentials.sum(1).log()
-    value, mass, _, _ = formula.parts(label, shifted, careful=True)
+    value, mass, _, _ = formula.parts(label, shifted, None, careful=True)
     return value - product(mass, log_sum, careful=True), largest, log_sum, mass, *of_teacher
 
 
 def _total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
     _, shifted, exponentials = _shifted(logits)
     total = exponentials.sum(1)
-    value, mass, rest, of_index = formula.parts(label, shifted, careful=True)
+    value, mass, rest, of_index = formula.parts(label, shifted, None, careful=True)
     p_mass = exponentials * (mass / total).unsqueeze(1)
     value = value - product(mass, total.log(), careful=True)
     return value.sum(), _soft_minus(p_mass, label, rest, of_index).to(logits.dtype)

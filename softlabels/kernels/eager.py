@@ -7,27 +7,30 @@ cache, so that memory sees the logits read once and the gradient written once, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from softlabels.kernels import formula
-from softlabels.kernels.soft_label import Coefficient, SoftLabel, column, is_number, product, working_dtype
+from softlabels.kernels.soft_label import SoftLabel, column, is_number, product, working_dtype
 
 BLOCK = 2**20  # elements of the rows that are worked on together: 4 MiB in float32, and two temporaries of that size
-SMALL = 2**16  # a tensor of so few elements is done faster by few operations than by fast ones
+IN_PLACE_BLOCK = 2**22  # the same where there are no temporaries
+NEAR = 32.0  # the largest logit of every row is at most so far from 0 where nothing is subtracted from them
 
 
 def values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """sum_c t_c log p_c per row, and nothing that would help to find the gradient."""
-    parts = [_values(label.rows(rows), logits[rows]) for rows in _blocks(logits)]
-    return torch.cat(parts) if parts else _values(label, logits), ()
+    blocks = _blocks(logits, BLOCK)
+    if not blocks:
+        return _values(label, logits), ()
+    return torch.cat([_values(label.rows(rows), logits[rows]) for rows in blocks]), ()
 
 
 def total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the values of all rows and its gradient, in the dtype of the logits."""
-    blocks = list(_blocks(logits))
+    in_place = not label.is_spread and logits.dtype == working_dtype(logits)
+    blocks = _blocks(logits, IN_PLACE_BLOCK if in_place else BLOCK)
     if not blocks:
         return _block(label, logits, None)
     gradient = torch.empty_like(logits)
@@ -40,12 +43,13 @@ def gradient(label: SoftLabel, logits: Tensor, incoming: Tensor, known: tuple[Te
     return total_and_gradient(label.scaled(incoming), logits)[1]
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def _blocks(logits: Tensor, elements: int) -> list[slice]:
     """Rows to work on in turn; none where all are done at once: few of them, or not on a CPU."""
     count = logits.shape[0]
-    if logits.device.type == "cpu" and logits.numel() > BLOCK and count > 1:
-        block = max(BLOCK * count // logits.numel(), 1)
-        yield from (slice(start, start + block) for start in range(0, count, block))
+    if logits.numel() <= elements or count <= 1 or logits.device.type != "cpu":
+        return []
+    block = max(elements * count // logits.numel(), 1)
+    return [slice(start, start + block) for start in range(0, count, block)]
 
 
 def _values(label: SoftLabel, logits: Tensor) -> Tensor:
@@ -57,55 +61,44 @@ def _values(label: SoftLabel, logits: Tensor) -> Tensor:
 
 
 def _block(label: SoftLabel, logits: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    few_operations = logits.numel() <= SMALL or logits.device.type != "cpu"
-    work = _by_few_operations if few_operations else _by_fast_operations
-    if logits.device.type == "cpu":
-        total, gradient = work(label, logits, out, careful=False)
-        if not math.isnan(total.item()):
-            return total, gradient
-    return work(label, logits, out, careful=True)
+    if logits.device.type != "cpu":
+        return _by_few_operations(label, logits, out)
+    total, gradient = _by_fast_operations(label, logits, out, careful=False)
+    if not math.isnan(total.item()):
+        return total, gradient
+    return _by_fast_operations(label, logits, out, careful=True)
 
 
-def _by_few_operations(label: SoftLabel, logits: Tensor, out: Tensor | None, careful: bool) -> tuple[Tensor, Tensor]:
+def _by_few_operations(label: SoftLabel, logits: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype = working_dtype(logits)
     log_p = torch.log_softmax(logits, 1, dtype=dtype)
-    soft = _dense(label, log_p, careful)
+    soft = formula.dense(label, log_p, careful=True)
     gradient = torch._log_softmax_backward_data(soft, log_p, 1, dtype)
-    return product(soft, log_p, careful).sum(), _written(gradient, logits, out)
+    return product(soft, log_p, careful=True).sum(), _written(gradient, logits, out)
 
 
 def _by_fast_operations(label: SoftLabel, logits: Tensor, out: Tensor | None, careful: bool) -> tuple[Tensor, Tensor]:
-    """One softmax is the only slow pass: log p_c = x_c - max x + log max p, and a uniform rest is not spread out."""
-    dtype = working_dtype(logits)
-    shifted = torch.sub(logits.to(dtype), logits.amax(1, keepdim=True))
-    p = torch.softmax(shifted, 1, out=out if out is not None and out.dtype == dtype else torch.empty_like(shifted))
+    """One softmax is the only slow pass: log p_c = x_c - max x + log max p, and a uniform rest is not spread out.
+
+    Logits far from 0 are brought near it first, or their sums would lose digits.
+    """
+    x = logits.to(working_dtype(logits))
+    largest = x.amax(1, keepdim=True)
+    origin = None
+    if not careful and largest.abs().amax() <= NEAR:
+        origin = largest.squeeze(1)
+    else:
+        x = x - largest
+    p = torch.softmax(x, 1, out=out if out is not None and out.dtype == x.dtype else torch.empty_like(x))
     log_p_max = p.amax(1).log_()
-    value, mass, rest, of_index = formula.parts(label, shifted, careful)
+    value, mass, rest, of_index = formula.parts(label, x, origin, careful)
     total = value.sum() + product(mass, log_p_max, careful).sum()
     p.mul_(-column(mass))
     if not is_number(rest, 0.0):
         p.add_(rest)
     if not is_number(of_index, 0.0):
-        p.scatter_add_(1, *_at_label(label.target, of_index, p))
+        p.scatter_add_(1, *formula.at_label(label.target, of_index, p))
     return total, _written(p, logits, out)
-
-
-def _dense(label: SoftLabel, like: Tensor, careful: bool) -> Tensor:
-    """The soft label of every class, not to be written to."""
-    rest, of_index = label.rest(careful), label.of_index
-    if not isinstance(rest, Tensor):
-        rest = like.new_full((), rest)
-    rest = rest.expand(like.shape)
-    if is_number(of_index, 0.0):
-        return rest
-    return torch.scatter_add(rest, 1, *_at_label(label.target, of_index, like))
-
-
-def _at_label(target: Tensor, amount: Coefficient, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in the rows to add how much."""
-    index = target.unsqueeze(1)
-    share = column(amount)
-    return index, (share if isinstance(share, Tensor) else like.new_full((), share)).expand(index.shape)
 
 
 def _written(gradient: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,24 +23,76 @@ def log_likelihood(label: SoftLabel, logits: Tensor, careful: bool = True) -> Te
     return add(of_label, of_rest) if careful else of_label + of_rest
 
 
-def parts(label: SoftLabel, shifted: Tensor, careful: bool) -> tuple[Tensor, Tensor, Coefficient, Coefficient]:
+def log_likelihood_of_few(label: SoftLabel, logits: Tensor, reduce: bool) -> Tensor | None:
+    """As `log_likelihood`, or the sum of all rows, in the fewest operations; None where one must be careful.
+
+    For tensors so small that operations take longer to start than to run. Their values must be readable.
+    """
+    log_p = torch.log_softmax(logits, 1, dtype=working_dtype(logits))
+    soft = dense(label, log_p, careful=False)
+    weighted = log_p * (soft.clone() if soft.is_inference() else soft)  # or autograd could not save it
+    result = weighted.sum() if reduce else weighted.sum(1)
+    total: float = result.item() if reduce else result.sum().item()
+    return None if math.isnan(total) else result
+
+
+def dense(label: SoftLabel, like: Tensor, careful: bool) -> Tensor:
+    """The soft label of every class, not to be written to."""
+    rest, of_index = label.rest(careful), label.of_index
+    if not isinstance(rest, Tensor):
+        if not isinstance(of_index, Tensor) and of_index != 0.0:
+            whole = torch.full_like(like, rest, requires_grad=False)
+            return whole.scatter_(1, label.target.unsqueeze(1), rest + of_index)
+        rest = like.new_full((), rest)
+    rest = rest.expand(like.shape)
+    if is_number(of_index, 0.0):
+        return rest
+    return torch.scatter_add(rest, 1, *at_label(label.target, of_index, like))
+
+
+def at_label(target: Tensor, amount: Coefficient, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in the rows to add how much."""
+    index = target.unsqueeze(1)
+    if isinstance(amount, Tensor) and amount.dim():
+        return index, amount.unsqueeze(1)
+    return index, (amount if isinstance(amount, Tensor) else like.new_full((), amount)).expand(index.shape)
+
+
+def parts(
+    label: SoftLabel, logits: Tensor, origin: Tensor | None, careful: bool
+) -> tuple[Tensor, Tensor, Coefficient, Coefficient]:
     """The log-likelihood of soft labels of logits with a constant s_i to be subtracted from each row.
 
+    Args:
+        label: Soft labels t.
+        logits: In the working dtype.
+        origin: A number per row to measure the logits from, or None.
+        careful: As in `log_likelihood`.
+
     Returns:
-        The values sum_c t_c shifted_c and the masses sum_c t_c per row, so that the log-likelihood is value - mass s;
-        the rest of the soft label, and the share of an index label. A uniform rest is not spread over the classes.
+        The values sum_c t_c (logits_c - origin) and the masses sum_c t_c per row, so that the log-likelihood is
+        value - mass (s - origin); the rest of the soft label, and the share of an index label. A uniform rest is not
+        spread over the classes.
     """
+
+    def measured(value: Tensor, mass: Coefficient) -> Tensor:
+        return value if origin is None else value - mass * origin
+
     rest, of_index = label.rest(careful), label.of_index
     if isinstance(rest, Tensor) and rest.dim() and rest.shape[1] > 1:
-        rest = rest.expand(shifted.shape)
+        rest = rest.expand(logits.shape)
         mass = rest.sum(1)
-        value = product(rest, shifted, careful).sum(1)
+        value = measured(product(rest, logits, careful).sum(1), mass)
     else:
+        num_classes = float(logits.shape[1])
         per_row = rest.squeeze(1) if isinstance(rest, Tensor) and rest.dim() else rest
-        mass = times(per_row, float(shifted.shape[1])) + shifted.new_zeros(shifted.shape[:1] + shifted.shape[2:])
-        value = mass if is_number(per_row, 0.0) else product(per_row, shifted.sum(1), careful)
+        mass = times(per_row, num_classes) + logits.new_zeros(logits.shape[:1] + logits.shape[2:])
+        value = mass
+        if not is_number(per_row, 0.0):
+            value = product(per_row, measured(logits.sum(1), num_classes), careful)
     if not is_number(of_index, 0.0):
-        of_label = product(of_index, shifted.gather(1, label.target.unsqueeze(1)).squeeze(1), careful)
+        logit = measured(logits.gather(1, label.target.unsqueeze(1)).squeeze(1), 1.0)
+        of_label = product(of_index, logit, careful)
         value = add(of_label, value) if careful else of_label + value
         mass = mass + of_index
     return value, mass, rest, of_index

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softlabels.kernels import eager, formula
-from softlabels.kernels.plain import has_tangents, is_batched, is_plain
+from softlabels.kernels.plain import has_tangents, is_batched
 from softlabels.kernels.soft_label import SoftLabel, column, working_dtype
 
 
@@ -25,22 +25,21 @@ class ClosedForm(Protocol):
         """The gradient of the sum of the values, each times ``incoming``; ``known`` is what ``values`` gave."""
 
 
-def applicable(label: SoftLabel, logits: Tensor) -> bool:
-    """Whether nothing but the logits can want a gradient."""
-    if torch.compiler.is_compiling():
-        return False
-    tensors = label.tensors().values()
-    for tensor in tensors:
-        if tensor.requires_grad and torch.is_grad_enabled():
-            return False
-    return is_plain(logits, *tensors)
+def log_likelihood(label: SoftLabel, logits: Tensor, backend: ClosedForm, reduce: bool) -> Tensor | None:
+    """sum_c t_c log p_c per row, or the sum of that over all rows, of plain tensors.
 
-
-def log_likelihood(label: SoftLabel, logits: Tensor, backend: ClosedForm, reduce: bool) -> Tensor:
-    """sum_c t_c log p_c per row, or the sum of that over all rows."""
-    if logits.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _LogLikelihood.apply(logits, label, backend, reduce)  # type: ignore[no-untyped-call]
-        return result
+    None where more than the logits wants a gradient.
+    """
+    tensors = label.tensors()
+    if torch.is_grad_enabled():
+        for tensor in tensors.values():
+            if tensor.requires_grad:
+                return None
+            if tensor.is_inference():
+                return log_likelihood(savable(label), logits, backend, reduce)
+        if logits.requires_grad:
+            result: Tensor = _LogLikelihood.apply(logits, label, tensors, backend, reduce)  # type: ignore[no-untyped-call]
+            return result
     rows, _ = backend.values(label, logits)
     return rows.sum() if reduce else rows
 
@@ -72,9 +71,10 @@ class _LogLikelihood(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, label: SoftLabel, backend: ClosedForm, reduce: bool) -> Tensor:
-        tensors = label.tensors()
-        ctx.label, ctx.names = label.replace(dict.fromkeys(tensors)), list(tensors)
+    def forward(
+        ctx: Any, logits: Tensor, label: SoftLabel, tensors: dict[str, Tensor], backend: ClosedForm, reduce: bool
+    ) -> Tensor:
+        ctx.label, ctx.names = label.replace(dict.fromkeys(tensors)), tensors.keys()
         ctx.backend, ctx.reduce = backend, reduce
         ctx.gradient = None
         known: tuple[Tensor, ...] = ()
@@ -93,7 +93,7 @@ class _LogLikelihood(torch.autograd.Function):
         if not batched and not torch.is_grad_enabled() and not has_tangents():
             gradient, ctx.gradient = ctx.gradient, None  # handed on once: from then on it is the user's
         if gradient is not None:
-            return gradient if incoming.item() == 1.0 else gradient.mul_(incoming), None, None, None
+            return gradient if incoming.item() == 1.0 else gradient.mul_(incoming), None, None, None, None
         logits, *saved = ctx.saved_tensors
         count = len(ctx.names)
         label = ctx.label.replace(dict(zip(ctx.names, saved[:count], strict=True)))
@@ -106,4 +106,4 @@ class _LogLikelihood(torch.autograd.Function):
             gradient = (eager.gradient(label, exact, one, ()) * column(incoming)).to(logits.dtype)
         else:
             gradient = ctx.backend.gradient(label, logits, incoming, tuple(saved[count:]))
-        return gradient, None, None, None
+        return gradient, None, None, None, None

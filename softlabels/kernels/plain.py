@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _PLAIN = (Tensor, Parameter)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -26,12 +27,15 @@ def has_tangents() -> bool:
 
 def can_be_numpy(tensor: Tensor) -> bool:
     """Whether the numbers of a tensor can be read and worked on by numpy."""
-    return tensor.device.type == "cpu" and is_plain(tensor)
+    return tensor.is_cpu and is_plain(tensor)
 
 
 def to_numpy(tensor: Tensor) -> NDArray[Any]:
     """The numbers of a plain tensor on the CPU, in a dtype that numpy knows."""
-    tensor = tensor.detach().resolve_neg()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.float()
     array: NDArray[Any] = tensor.numpy()
@@ -42,6 +46,9 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether these are tensors with data, and nobody but autograd looks at the operations on them."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or has_tangents():
         return False
-    if torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if torch._C._is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:
         return False
-    return all(type(t) in _PLAIN and not t.is_meta for t in tensors)
+    for tensor in tensors:  # noqa: SIM110  # a generator takes longer
+        if type(tensor) not in _PLAIN or tensor.is_meta:
+            return False
+    return True

@@ -78,6 +78,11 @@ class SoftLabel:
             return self.hard
         return product(self.hard, self.class_weight[self.target], careful=True)
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether the rest differs between classes, so that it has the size of the logits."""
+        return self.class_weight is not None or self.target.is_floating_point()
+
     def rest(self, careful: bool) -> Coefficient:
         """All but the part of an index label; broadcasts over (N, K, d1, ...)."""
         rest = self.prior(careful)
@@ -163,6 +168,11 @@ class Teacher(SoftLabel):
     keep: int | None
     dtype: torch.dtype
     normalizer: tuple[Tensor, ...] = ()
+
+    @property
+    def is_spread(self) -> bool:
+        """A teacher's prediction is."""
+        return True
 
     def prior(self, careful: bool) -> Coefficient:
         """w_c weight max(soft q_c + shift, 0)."""
