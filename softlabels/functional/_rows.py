@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     class_weight: Tensor | None  # (K,) in the working dtype
     sample_weight: Tensor | None  # (N, d1, ...) in the working dtype
     single: bool  # the caller's input was one row without a batch dimension
-    readable: bool  # the numbers of logits and target can be read, and that costs nothing
+    readable: bool  # the numbers of the target can be read, and that costs nothing
 
     @property
     def shape(self) -> torch.Size:
@@ -75,7 +75,7 @@ def prepare(
     if counts and isinstance(target, Tensor) and target.shape == input.shape and not target.is_complex():
         target = target.to(dtype)
     _checks.check_target(input, target, ignore_index)
-    readable = target.is_cpu and kernels.is_plain(input, target)
+    readable = kernels.can_be_numpy(target)
     if weight is None and sample_weight is None and target.dtype == torch.int64 and input.dim() == 2:  # mostly so
         target, kept = _labels(target, input.shape[1], ignore_index, readable)
         return Rows(input, target, kept, None, None, False, readable)

@@ -35,7 +35,6 @@ __all__ = [
     "column",
     "confidence_penalty",
     "get_backend",
-    "is_plain",
     "set_backend",
     "teacher",
     "teacher_probabilities",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import numbers
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from softlabels.kernels.soft_label import (
 )
 
 Graph = Callable[..., Any]
+
+CHECKED = {"TENSOR_MATCH", "SHAPE_ENV", "GLOBAL_STATE", "TORCH_FUNCTION_STATE", "DETERMINISTIC_ALGORITHMS"}
 
 _graphs: dict[tuple[object, ...], Graph] = {}
 
@@ -74,14 +76,14 @@ def _values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, ...]:
     label, of_teacher = label.normalized()
     largest, shifted, exponentials = _shifted(logits)
     log_sum = exponentials.sum(1).log()
-    value, mass, _, _ = formula.parts(label, shifted, None, careful=True)
+    value, mass, _, _ = formula.parts(label, shifted)
     return value - product(mass, log_sum, careful=True), largest, log_sum, mass, *of_teacher
 
 
 def _total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
     _, shifted, exponentials = _shifted(logits)
     total = exponentials.sum(1)
-    value, mass, rest, of_index = formula.parts(label, shifted, None, careful=True)
+    value, mass, rest, of_index = formula.parts(label, shifted)
     p_mass = exponentials * (mass / total).unsqueeze(1)
     value = value - product(mass, total.log(), careful=True)
     return value.sum(), _soft_minus(p_mass, label, rest, of_index).to(logits.dtype)
@@ -188,4 +190,9 @@ def _compile(body: Graph, kind: type[SoftLabel], constants: dict[str, Any], name
         return body(label, logits, *inputs[len(names) :])
 
     own = types.FunctionType(graph.__code__.replace(), graph.__globals__, body.__name__, None, graph.__closure__)
-    return torch.compile(own, fullgraph=True)
+    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": _of_inputs})
+
+
+def _of_inputs(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are checked at each call: on inputs and torch's state. Nothing else that they use varies."""
+    return [guard.guard_type in CHECKED for guard in guards]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softlabels.kernels import formula
-from softlabels.kernels.soft_label import SoftLabel, column, is_number, product, working_dtype
+from softlabels.kernels.soft_label import Coefficient, SoftLabel, column, is_number, plus, product, working_dtype
 
 BLOCK = 2**20  # elements of the rows that are worked on together: 4 MiB in float32, and two temporaries of that size
 IN_PLACE_BLOCK = 2**22  # the same where there are no temporaries
@@ -63,10 +63,10 @@ def _values(label: SoftLabel, logits: Tensor) -> Tensor:
 def _block(label: SoftLabel, logits: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     if logits.device.type != "cpu":
         return _by_few_operations(label, logits, out)
-    total, gradient = _by_fast_operations(label, logits, out, careful=False)
+    total, gradient = _by_fast_operations(label, logits, out)
     if not math.isnan(total.item()):
         return total, gradient
-    return _by_fast_operations(label, logits, out, careful=True)
+    return _carefully(label, logits, out)
 
 
 def _by_few_operations(label: SoftLabel, logits: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,28 +77,59 @@ def _by_few_operations(label: SoftLabel, logits: Tensor, out: Tensor | None) -> 
     return product(soft, log_p, careful=True).sum(), _written(gradient, logits, out)
 
 
-def _by_fast_operations(label: SoftLabel, logits: Tensor, out: Tensor | None, careful: bool) -> tuple[Tensor, Tensor]:
+def _by_fast_operations(label: SoftLabel, logits: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """One softmax is the only slow pass: log p_c = x_c - max x + log max p, and a uniform rest is not spread out.
 
-    Logits far from 0 are brought near it first, or their sums would lose digits.
+    Logits far from 0 are brought near it first, or their sums would lose digits. All row-shaped numbers are columns.
     """
     x = logits.to(working_dtype(logits))
     largest = x.amax(1, keepdim=True)
-    origin = None
-    if not careful and largest.abs().amax() <= NEAR:
-        origin = largest.squeeze(1)
-    else:
+    least, greatest = largest.aminmax()
+    if not (least.item() >= -NEAR and greatest.item() <= NEAR):
         x = x - largest
-    p = torch.softmax(x, 1, out=out if out is not None and out.dtype == x.dtype else torch.empty_like(x))
-    log_p_max = p.amax(1).log_()
-    value, mass, rest, of_index = formula.parts(label, x, origin, careful)
-    total = value.sum() + product(mass, log_p_max, careful).sum()
-    p.mul_(-column(mass))
+        largest = torch.zeros_like(largest)
+    p = _softmax(x, out)
+    log_p_max = p.amax(1, keepdim=True).log_()
+    log_sum = largest - log_p_max
+    rest, of_index = label.rest(careful=False), column(label.of_index)
+    total: Coefficient = 0.0
+    mass: Coefficient = 0.0
+    if not is_number(rest, 0.0):
+        rest = rest if isinstance(rest, Tensor) else torch.full_like(largest, rest)
+        if rest.dim() and rest.shape[1] > 1:
+            mass = rest.expand(x.shape).sum(1, keepdim=True)
+            total = (rest * x).sum() - (mass * log_sum).sum()
+        else:
+            mass = rest * x.shape[1]
+            total = (rest * torch.sub(x.sum(1, keepdim=True), log_sum, alpha=x.shape[1])).sum()
+    if not is_number(of_index, 0.0):
+        at_label = formula.at_label(label.target, label.of_index, p)
+        mass = plus(mass, of_index)
+        total = plus(total, (of_index * (x.gather(1, at_label[0]) - largest + log_p_max)).sum())
+    p.mul_(-mass)
     if not is_number(rest, 0.0):
         p.add_(rest)
     if not is_number(of_index, 0.0):
+        p.scatter_add_(1, *at_label)
+    return total if isinstance(total, Tensor) else x.new_full((), total), _written(p, logits, out)
+
+
+def _carefully(label: SoftLabel, logits: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same where a coefficient of 0 meets something that is not finite."""
+    x = logits.to(working_dtype(logits))
+    x = x - x.amax(1, keepdim=True)
+    p = _softmax(x, out)
+    log_p_max = p.amax(1).log_()
+    value, mass, rest, of_index = formula.parts(label, x)
+    total = value.sum() + product(mass, log_p_max, careful=True).sum()
+    p.mul_(-column(mass)).add_(rest)
+    if not is_number(of_index, 0.0):
         p.scatter_add_(1, *formula.at_label(label.target, of_index, p))
     return total, _written(p, logits, out)
+
+
+def _softmax(x: Tensor, out: Tensor | None) -> Tensor:
+    return torch.softmax(x, 1, out=out if out is not None and out.dtype == x.dtype else torch.empty_like(x))
 
 
 def _written(gradient: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:

@@ -58,42 +58,25 @@ def at_label(target: Tensor, amount: Coefficient, like: Tensor) -> tuple[Tensor,
     return index, (amount if isinstance(amount, Tensor) else like.new_full((), amount)).expand(index.shape)
 
 
-def parts(
-    label: SoftLabel, logits: Tensor, origin: Tensor | None, careful: bool
-) -> tuple[Tensor, Tensor, Coefficient, Coefficient]:
+def parts(label: SoftLabel, shifted: Tensor) -> tuple[Tensor, Tensor, Coefficient, Coefficient]:
     """The log-likelihood of soft labels of logits with a constant s_i to be subtracted from each row.
 
-    Args:
-        label: Soft labels t.
-        logits: In the working dtype.
-        origin: A number per row to measure the logits from, or None.
-        careful: As in `log_likelihood`.
-
     Returns:
-        The values sum_c t_c (logits_c - origin) and the masses sum_c t_c per row, so that the log-likelihood is
-        value - mass (s - origin); the rest of the soft label, and the share of an index label. A uniform rest is not
-        spread over the classes.
+        The values sum_c t_c shifted_c and the masses sum_c t_c per row, so that the log-likelihood is value - mass s;
+        the rest of the soft label, and the share of an index label. A uniform rest is not spread over the classes.
     """
-
-    def measured(value: Tensor, mass: Coefficient) -> Tensor:
-        return value if origin is None else value - mass * origin
-
-    rest, of_index = label.rest(careful), label.of_index
+    rest, of_index = label.rest(careful=True), label.of_index
     if isinstance(rest, Tensor) and rest.dim() and rest.shape[1] > 1:
-        rest = rest.expand(logits.shape)
+        rest = rest.expand(shifted.shape)
         mass = rest.sum(1)
-        value = measured(product(rest, logits, careful).sum(1), mass)
+        value = product(rest, shifted, careful=True).sum(1)
     else:
-        num_classes = float(logits.shape[1])
         per_row = rest.squeeze(1) if isinstance(rest, Tensor) and rest.dim() else rest
-        mass = times(per_row, num_classes) + logits.new_zeros(logits.shape[:1] + logits.shape[2:])
-        value = mass
-        if not is_number(per_row, 0.0):
-            value = product(per_row, measured(logits.sum(1), num_classes), careful)
+        mass = times(per_row, float(shifted.shape[1])) + shifted.new_zeros(shifted.shape[:1] + shifted.shape[2:])
+        value = mass if is_number(per_row, 0.0) else product(per_row, shifted.sum(1), careful=True)
     if not is_number(of_index, 0.0):
-        logit = measured(logits.gather(1, label.target.unsqueeze(1)).squeeze(1), 1.0)
-        of_label = product(of_index, logit, careful)
-        value = add(of_label, value) if careful else of_label + value
+        at_label = shifted.gather(1, label.target.unsqueeze(1)).squeeze(1)
+        value = add(product(of_index, at_label, careful=True), value)
         mass = mass + of_index
     return value, mass, rest, of_index
 

@@ -41,6 +41,13 @@ def times(a: Coefficient, b: Coefficient) -> Coefficient:
     return b if is_number(a, 1.0) or is_number(b, 0.0) else a * b
 
 
+def plus(a: Coefficient, b: Coefficient) -> Coefficient:
+    """a + b, for which the number 0 needs no arithmetic."""
+    if is_number(a, 0.0):
+        return b
+    return a if is_number(b, 0.0) else a + b
+
+
 def column(coefficient: Coefficient) -> Coefficient:
     """A row coefficient shaped to broadcast over the classes."""
     return coefficient.unsqueeze(1) if isinstance(coefficient, Tensor) and coefficient.dim() else coefficient

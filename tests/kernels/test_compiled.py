@@ -178,8 +178,8 @@ def test_memory_is_that_of_the_gradient():
 def test_nothing_compiles_unasked_on_a_cpu():
     code = (
         "import sys, torch, softlabels\n"
-        "x = torch.randn(4, 3, requires_grad=True)\n"
-        "softlabels.LabelSmoothingMAPLoss(beta=0.1)(x, torch.tensor([0, 1, 2, 0])).backward()\n"
+        "x = torch.randn(256, 257, requires_grad=True)\n"
+        "softlabels.LabelSmoothingMAPLoss(beta=0.1)(x, torch.arange(256)).backward()\n"
         "print('torch._inductor.compile_fx' in sys.modules, 'torch._dynamo.convert_frame' in sys.modules)\n"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]
@@ -189,8 +189,8 @@ def test_without_a_compiler():
     code = (
         "import torch, softlabels\n"
         "softlabels.set_backend('compile')\n"
-        "x = torch.randn(4, 3, requires_grad=True)\n"
-        "softlabels.LabelSmoothingMAPLoss(beta=0.1)(x, torch.tensor([0, 1, 2, 0])).backward()\n"
+        "x = torch.randn(256, 257, requires_grad=True)\n"  # fewer logits would not be compiled
+        "softlabels.LabelSmoothingMAPLoss(beta=0.1)(x, torch.arange(256)).backward()\n"
     )
     environment = {"CXX": "/no/such/compiler", "PATH": "/nowhere", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
+import reference
 import torch
 from scipy import stats
 from torch import nn
 
 import softlabels
-from softlabels.functional import beta_smoothing_loss, beta_smoothing_targets
+from softlabels import kernels
+from softlabels.functional import _beta_draws, beta_smoothing_loss, beta_smoothing_targets
 
 
 def draws(target, num_classes, confidence, *, alpha=0.0, concentration=3.0, seed=0):
@@ -38,6 +41,47 @@ def test_every_order_statistic_follows_its_own_beta_distribution():
     sample = torch.stack([draws(target, 3, confidence, concentration=1.0, seed=s) for s in range(batches)]).double()
     for j in range(m):
         assert stats.kstest(sample[:, j].numpy(), stats.beta(j + 1, m - j).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+def test_uniforms_in_order(count):
+    """By a sort, and as the accelerators do it; the rows that are not counted may hold anything there."""
+    source = torch.rand(9, dtype=torch.float64)
+    wanted = torch.tensor(sorted(source[:count].tolist()), dtype=torch.float64)
+    got = _beta_draws.sorted_uniforms(source[:8], torch.tensor(count))
+    torch.testing.assert_close(got, torch.cat([wanted, wanted.new_zeros(8 - count)]))
+    wanted = torch.tensor(reference.order_statistics(source.tolist(), count), dtype=torch.float64)
+    torch.testing.assert_close(_beta_draws.summed_uniforms(source, torch.tensor(count))[:count], wanted)
+
+
+def test_summed_uniforms_are_order_statistics():
+    m, count = 5, torch.tensor(3)
+    sample = torch.stack([_beta_draws.summed_uniforms(torch.rand(m + 1).double(), count) for _ in range(4000)])
+    for j in range(3):
+        assert stats.kstest(sample[:, j].numpy(), stats.beta(j + 1, 3 - j).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("few", [0, kernels.FEW])
+@pytest.mark.parametrize("ignoring", [False, True])
+def test_draws_do_not_depend_on_who_hands_them_out(shape, few, ignoring):
+    """numpy, or torch where it traces or transforms; whole soft labels, or their parts."""
+    logits = torch.randn(shape, requires_grad=True)
+    rows = shape[:1] + shape[2:]
+    target, confidence = torch.randint(4, rows), torch.rand(rows).round(decimals=1)
+    confidence.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    if ignoring:
+        target.view(-1)[1::3] = -100
+
+    def loss(**options):
+        generator = torch.Generator().manual_seed(0)
+        return beta_smoothing_loss(logits, target, confidence, generator=generator, **options)
+
+    with patch.object(kernels, "can_be_numpy", return_value=False):
+        wanted = loss()
+    with patch.object(kernels, "FEW", few):
+        torch.testing.assert_close(loss(), wanted)
+        torch.testing.assert_close(loss(weight=torch.ones(4), sample_weight=torch.ones(rows)), wanted)
 
 
 def test_draws_are_comonotone_with_confidence():
