@@ -26,6 +26,7 @@ class Levels(NamedTuple):
     target: Tensor
     hard: kernels.Coefficient
     uniform: kernels.Coefficient
+    total: float | None = None  # hard + K uniform, where that is one number
 
 
 def two_levels(
@@ -52,12 +53,13 @@ def two_levels(
     share = amount * (1.0 - alpha) / (num_classes - 1)
     if confidence is not None:
         confidence = rows.row_argument("confidence", confidence)
-        if not joint and rows.readable and kernels.can_be_numpy(confidence):
+        if not joint and rows.readable and kernels.has_numbers(confidence):
             return _by_numpy(rows, confidence, concentration, generator, share, amount, weight)
     draws = _draws(rows, confidence, concentration, generator, joint)
     uniform = (share - share * draws).to(kernels.working_dtype(logits))
     hard = amount - num_classes * uniform
-    return Levels(rows.target, kernels.times(weight, hard), kernels.times(weight, uniform))
+    total = None if isinstance(weight, Tensor) else amount
+    return Levels(rows.target, kernels.times(weight, hard), kernels.times(weight, uniform), total)
 
 
 def _by_numpy(
@@ -77,7 +79,10 @@ def _by_numpy(
     order = ranked.argsort(kind="stable")
     if ranked.size and ranked[order[-1]] != ranked[order[-1]]:  # nan is sorted behind all else
         order = np.where(np.isnan(ranked), -np.inf, ranked).argsort(kind="stable")
-    draws = _rand((values.size,), torch.float64, score.device, generator).numpy()[: ranked.size]
+    draws = np.empty(values.size)
+    torch.from_numpy(draws).uniform_(generator=generator)
+    if kept is not None:
+        draws = draws[: ranked.size]
     draws.sort()
     draws **= 1.0 / concentration
     ascending: NDArray[np.float64] = share - share * draws
@@ -92,7 +97,8 @@ def _by_numpy(
     uniform[order if kept is None else np.flatnonzero(kept.numpy())[order]] = ascending
     hard = torch.from_numpy((amount - num_classes * uniform).reshape(values.shape))
     every = torch.from_numpy(uniform.reshape(values.shape))
-    return Levels(target, kernels.times(weight, hard), kernels.times(weight, every))
+    total = None if isinstance(weight, Tensor) else amount
+    return Levels(target, kernels.times(weight, hard), kernels.times(weight, every), total)
 
 
 def _draws(

@@ -71,15 +71,15 @@ def prepare(
     _checks.check_reduction(reduction)
     _checks.check_ignore_index(ignore_index)
     _checks.check_input(input)
-    dtype = kernels.working_dtype(input)
     if counts and isinstance(target, Tensor) and target.shape == input.shape and not target.is_complex():
-        target = target.to(dtype)
+        target = target.to(kernels.working_dtype(input))
     _checks.check_target(input, target, ignore_index)
     readable = kernels.can_be_numpy(target)
     if weight is None and sample_weight is None and target.dtype == torch.int64 and input.dim() == 2:  # mostly so
         target, kept = _labels(target, input.shape[1], ignore_index, readable)
         return Rows(input, target, kept, None, None, False, readable)
 
+    dtype = kernels.working_dtype(input)
     single = input.dim() == 1
     row_shape = input.shape[:1] + input.shape[2:] if not single else torch.Size(())
     num_classes = input.shape[0 if single else 1]

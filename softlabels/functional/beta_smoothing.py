@@ -107,7 +107,15 @@ def ranked_beta_smoothing_loss(
     _checks.check_positive("concentration", concentration, infinite=True)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
     label = two_levels(rows, confidence, alpha, concentration, generator, weight=factor(rows, reduction), joint=joint)
-    result = kernels.two_level(rows.logits, *label, rows.class_weight, reduce=reduction != "none")
+    result = kernels.two_level(
+        rows.logits,
+        label.target,
+        label.hard,
+        label.uniform,
+        rows.class_weight,
+        total=label.total,
+        reduce=reduction != "none",
+    )
     return finish(result, rows, reduction)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softlabels.kernels import automatic, compiled, eager, formula, fused
 from softlabels.kernels.backend import backend, get_backend, set_backend
-from softlabels.kernels.plain import can_be_numpy, is_plain, to_numpy
+from softlabels.kernels.plain import can_be_numpy, has_numbers, is_plain, to_numpy
 from softlabels.kernels.soft_label import (
     Coefficient,
     SoftLabel,
@@ -35,6 +35,7 @@ __all__ = [
     "column",
     "confidence_penalty",
     "get_backend",
+    "has_numbers",
     "set_backend",
     "teacher",
     "teacher_probabilities",
@@ -56,10 +57,11 @@ def two_level(
     uniform: Coefficient,
     class_weight: Tensor | None = None,
     *,
+    total: float | None = None,
     reduce: bool = False,
 ) -> Tensor:
-    """sum_c w_c (hard y_c + uniform) log p_c."""
-    return _log_likelihood(TwoLevel(target, hard, class_weight, uniform), logits, reduce)
+    """sum_c w_c (hard y_c + uniform) log p_c; ``total`` is hard + K uniform, if that is known to be one number."""
+    return _log_likelihood(TwoLevel(target, hard, class_weight, uniform, total), logits, reduce)
 
 
 def teacher(

@@ -126,6 +126,8 @@ def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Any] = {}
     for name, value in vars(label).items():
+        if name == "total":  # nothing that a graph would gain by
+            continue
         if isinstance(value, Tensor):
             tensors[name] = value
         elif name == "keep" or not isinstance(value, numbers.Real):

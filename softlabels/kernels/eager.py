@@ -91,24 +91,29 @@ def _by_fast_operations(label: SoftLabel, logits: Tensor, out: Tensor | None) ->
     p = _softmax(x, out)
     log_p_max = p.amax(1, keepdim=True).log_()
     log_sum = largest - log_p_max
+    num_classes = x.shape[1]
     rest, of_index = label.rest(careful=False), column(label.of_index)
+    mass: Coefficient | None = label.mass(num_classes)
     total: Coefficient = 0.0
-    mass: Coefficient = 0.0
+    of_rest: Coefficient = 0.0
     if not is_number(rest, 0.0):
         rest = rest if isinstance(rest, Tensor) else torch.full_like(largest, rest)
         if rest.dim() and rest.shape[1] > 1:
-            mass = rest.expand(x.shape).sum(1, keepdim=True)
-            total = (rest * x).sum() - (mass * log_sum).sum()
+            of_rest = rest.expand(x.shape).sum(1, keepdim=True) if mass is None else mass - of_index
+            total = (rest * x).sum() - (of_rest * log_sum).sum()
         else:
-            mass = rest * x.shape[1]
-            total = (rest * torch.sub(x.sum(1, keepdim=True), log_sum, alpha=x.shape[1])).sum()
+            of_rest = rest * num_classes if mass is None else 0.0
+            total = (rest * torch.sub(x.sum(1, keepdim=True), log_sum, alpha=num_classes)).sum()
     if not is_number(of_index, 0.0):
         at_label = formula.at_label(label.target, label.of_index, p)
-        mass = plus(mass, of_index)
         total = plus(total, (of_index * (x.gather(1, at_label[0]) - largest + log_p_max)).sum())
-    p.mul_(-mass)
-    if not is_number(rest, 0.0):
-        p.add_(rest)
+    mass = plus(of_rest, of_index) if mass is None else mass
+    if isinstance(rest, Tensor) and not isinstance(mass, Tensor):
+        torch.add(rest, p, alpha=-mass, out=p)
+    else:
+        p.mul_(-mass)
+        if isinstance(rest, Tensor):
+            p.add_(rest)
     if not is_number(of_index, 0.0):
         p.scatter_add_(1, *at_label)
     return total if isinstance(total, Tensor) else x.new_full((), total), _written(p, logits, out)

@@ -27,7 +27,12 @@ def has_tangents() -> bool:
 
 def can_be_numpy(tensor: Tensor) -> bool:
     """Whether the numbers of a tensor can be read and worked on by numpy."""
-    return tensor.is_cpu and is_plain(tensor)
+    return has_numbers(tensor) and is_plain(tensor)
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether numpy could read a tensor if nobody looked at the operations on it."""
+    return tensor.is_cpu and type(tensor) in _PLAIN
 
 
 def to_numpy(tensor: Tensor) -> NDArray[Any]:
@@ -44,9 +49,13 @@ def to_numpy(tensor: Tensor) -> NDArray[Any]:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Whether these are tensors with data, and nobody but autograd looks at the operations on them."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or has_tangents():
-        return False
-    if torch._C._is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or has_tangents()
+        or torch._C._is_tracing()
+        or torch._C._get_dispatch_mode(_PROXY) is not None
+    ):
         return False
     for tensor in tensors:  # noqa: SIM110  # a generator takes longer
         if type(tensor) not in _PLAIN or tensor.is_meta:

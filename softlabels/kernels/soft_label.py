@@ -102,6 +102,10 @@ class SoftLabel:
         """The part that does not depend on the label; broadcasts over (N, K, d1, ...)."""
         raise NotImplementedError
 
+    def mass(self, num_classes: int) -> float | None:
+        """sum_c t_c, where that is one number for all rows and needs no look at a tensor."""
+        return None
+
     def scaled(self, factor: Tensor) -> Self:
         """The soft label times a factor per row, or one factor for all."""
         raise NotImplementedError
@@ -138,13 +142,27 @@ class SoftLabel:
 
 @dataclass(eq=False)
 class TwoLevel(SoftLabel):
-    """t_c = w_c (hard y_c + uniform)."""
+    """t_c = w_c (hard y_c + uniform).
+
+    Args:
+        uniform: Coefficient of all classes.
+        total: hard + K uniform, where the caller knows it to be one number.
+    """
 
     uniform: Coefficient
+    total: float | None = None
 
     def prior(self, careful: bool) -> Coefficient:
         """w_c uniform."""
         return self.weighted(column(self.uniform))
+
+    def mass(self, num_classes: int) -> float | None:
+        """hard + K uniform."""
+        if self.is_spread:
+            return None
+        if isinstance(self.hard, Tensor) or isinstance(self.uniform, Tensor):
+            return self.total
+        return self.hard + num_classes * self.uniform
 
     def scaled(self, factor: Tensor) -> TwoLevel:
         """Scale both coefficients."""
@@ -190,6 +208,13 @@ class Teacher(SoftLabel):
             return soft if is_number(soft, 0.0) else self.weighted(product(column(soft), self._softmax(), careful))
         prior = (product(column(self.soft), self._softmax(), careful) + self.shift).clamp_min(0.0)
         return self.weighted(product(column(self.weight), prior, careful))
+
+    def mass(self, num_classes: int) -> float | None:
+        """hard + weight soft, where nothing is shifted."""
+        soft = times(self.weight, self.soft)
+        if self.class_weight is not None or self.target.is_floating_point() or not is_number(self.shift, 0.0):
+            return None
+        return None if isinstance(soft, Tensor) or isinstance(self.hard, Tensor) else self.hard + soft
 
     def scaled(self, factor: Tensor) -> Teacher:
         """Scale the label's coefficient and the weight of the rest."""

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import softlabels
 from softlabels import functional, kernels
-from softlabels.kernels import eager
+from softlabels.kernels import eager, formula
+from softlabels.kernels.soft_label import Teacher, TwoLevel
 
 each_loss = pytest.mark.parametrize("case", CASES, ids=repr)
 
@@ -96,6 +97,29 @@ def test_a_constant_added_to_the_logits_costs_no_precision(shift):
     wanted = functional.label_smoothing_map_loss(logits, target, beta=0.2)
     got = functional.label_smoothing_map_loss((logits + shift).float().requires_grad_(), target, beta=0.2)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_known_masses_are_the_sums_of_soft_labels():
+    """Where every row's is the same number; where it is not, or depends on data, none is known."""
+    logits, target, weight = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.rand(3)
+    rows = torch.rand(4)
+    known = (
+        TwoLevel(target, -0.9, None, -0.02),
+        Teacher(target, 0.4, None, logits, 0.6, 0.0, 2.0, 4.0, 2, torch.float32),
+    )
+    for label in known:
+        sums = formula.dense(label, logits, careful=True).sum(1)
+        torch.testing.assert_close(sums, torch.full((4,), label.mass(3)))
+    for label in (
+        TwoLevel(target, rows, None, 0.1),
+        TwoLevel(target, 0.9, weight, 0.1),
+        TwoLevel(logits.softmax(1), 0.9, None, 0.1),
+        Teacher(target, 0.4, weight, logits, 0.6, 0.0, 1.0, 4.0, None, torch.float32),
+        Teacher(target, 0.4, None, logits, 0.6, 0.1, 1.0, 4.0, None, torch.float32),
+        Teacher(target, 0.4, None, logits, 0.6, 0.0, rows, 4.0, None, torch.float32),
+        Teacher(logits.softmax(1), 0.4, None, logits, 0.6, 0.0, 1.0, 4.0, None, torch.float32),
+    ):
+        assert label.mass(3) is None
 
 
 def test_the_gradient_is_handed_over():
