@@ -38,7 +38,8 @@ def set_backend(name: str) -> None:
     Args:
         name: ``"eager"`` runs plain PyTorch operations. ``"compile"`` runs graphs made by torch.compile, which needs a
             C++ compiler for a CPU and Triton for a GPU; the first call with each number of classes, dtype and set of
-            options takes seconds. ``"auto"`` (the default) compiles on a GPU and not on a CPU, and where
+            options takes seconds. On a CPU, batches of at most 65,536 logits are not compiled: to start a graph takes
+            longer than to work on them. ``"auto"`` (the default) compiles on a GPU and not on a CPU, and where
             compiling fails warns once and goes on uncompiled. The environment variable ``SOFTLABELS_BACKEND`` sets the
             same choice before the program starts.
 
@@ -48,7 +49,8 @@ def set_backend(name: str) -> None:
 
     Raises:
         ValueError: ``name`` is not a backend.
-        RuntimeError: later, at the first call of a loss, if ``"compile"`` was asked for and cannot work here.
+        RuntimeError: later, when a loss is to be compiled for the first time, if ``"compile"`` was asked for and cannot
+            work here.
 
     Example:
         >>> import softlabels
