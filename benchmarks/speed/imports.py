@@ -1,15 +1,23 @@
-"""What ``import softlabels`` adds to ``import torch``: fresh interpreters, in turn."""
+"""What ``import softlabels`` adds to ``import torch``, in fresh interpreters."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 
-from benchmarks.speed.timing import Measurement, Run, compare
+from benchmarks.speed.timing import Measurement, ratio
 
 TITLE = "Import"
-CODE = {"import torch": "import torch", "import torch, softlabels": "import torch, softlabels"}
+CODE = """
+import time
+start = time.perf_counter()
+import torch
+between = time.perf_counter()
+import softlabels
+print(between - start, time.perf_counter() - start)
+"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,12 +27,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def describe(options: argparse.Namespace) -> str:
     """What was measured."""
-    return f"Fresh interpreters with warm files, {options.rounds} times each, each between two of the base."
+    return f"{options.rounds} fresh interpreters with warm files and bytecode, each of which imports torch first."
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
-    """Time both interpreters."""
-    runs: dict[str, Run] = {
-        name: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True) for name, code in CODE.items()
+    """Time both imports in every interpreter."""
+    _seconds()  # writes the bytecode
+    pairs = [_seconds() for _ in range(options.rounds)]
+    alone, together = (list(times) for times in zip(*pairs, strict=True))
+    added = [both - one for one, both in pairs]
+    return {
+        "import": {
+            "import torch": Measurement(alone),
+            "import torch, softlabels": Measurement(together, ratio([(both, one) for one, both in pairs])),
+            "softlabels' part": Measurement(added, ratio([(both - one, one) for one, both in pairs])),
+        }
     }
-    return {"interpreter": compare(runs, options.rounds, options.device, warmup=1)}
+
+
+def _seconds() -> tuple[float, float]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    printed = subprocess.check_output([sys.executable, "-c", CODE], text=True, env=environment)
+    alone, together = map(float, printed.split())
+    return alone, together

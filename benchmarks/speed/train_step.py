@@ -1,4 +1,4 @@
-"""What a loss costs in a whole training step: ResNet-18 for 32 x 32 images, against nn.CrossEntropyLoss.
+"""What a loss costs in a whole training step, against nn.CrossEntropyLoss: of a ResNet-18, or of a tiny network.
 
 Each loss trains a model of its own, all start equal, and each step is timed between two steps of cross-entropy. Beside
 the step as a whole, the parts that a loss adds are timed alone, so that the table says where the time goes.
@@ -26,6 +26,7 @@ LOSSES: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "BetaSmoothingLoss, history": lambda model, samples: softlabels.BetaSmoothingLoss(
         ranking="history", num_samples=samples
     ),
+    "BetaSmoothingLoss, batch": lambda model, samples: softlabels.BetaSmoothingLoss(ranking="batch"),
 }
 BASE = "nn.CrossEntropyLoss"
 
@@ -64,8 +65,20 @@ def resnet18(num_classes: int = 100) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
 
 
+def mlp() -> nn.Sequential:
+    """One hidden layer, for 8 x 8 digits."""
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+MODELS: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "resnet18": ("ResNet-18 for 32 x 32 images", resnet18, (3, 32, 32), 100),
+    "mlp": ("A perceptron of 64, 64 and 10 units", mlp, (64,), 10),
+}
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
+    parser.add_argument("--model", choices=list(MODELS), default="resnet18", help="network to train")
     parser.add_argument("--batch-size", type=int, default=128, help="images per step")
     parser.add_argument("--rounds", type=int, default=16, help="repetitions")
 
@@ -73,7 +86,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def describe(options: argparse.Namespace) -> str:
     """What was measured."""
     return (
-        f"ResNet-18 for 32 x 32 images, batch {options.batch_size}, each step timed {options.rounds} times between two "
+        f"{MODELS[options.model][0]}, batch {options.batch_size}, each step timed {options.rounds} times between two "
         "of the base."
     )
 
@@ -85,14 +98,16 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
         keep_freed_memory()
     torch.manual_seed(0)
     samples = 50 * batch_size
-    initial = resnet18().to(device)
-    images = torch.randn(batch_size, 3, 32, 32, device=device)
-    labels = torch.randint(100, (batch_size,), device=device)
+    _, make_model, shape, classes = MODELS[options.model]
+    initial = make_model().to(device)
+    images = torch.randn(batch_size, *shape, device=device)
+    labels = torch.randint(classes, (batch_size,), device=device)
     index = torch.randperm(samples, device=device)[:batch_size]
     precision: Callable[[], Any] = contextlib.nullcontext
     if device.type != "cpu":
-        initial = initial.to(memory_format=torch.channels_last)
-        images = images.to(memory_format=torch.channels_last)
+        if images.dim() == 4:
+            initial = initial.to(memory_format=torch.channels_last)
+            images = images.to(memory_format=torch.channels_last)
         precision = lambda: torch.autocast(device.type, dtype=torch.bfloat16)  # noqa: E731
 
     def make_step(name: str) -> tuple[Run, nn.Module]:
@@ -115,7 +130,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
     for name in LOSSES:
         steps[name], criteria[name] = make_step(name)
     teacher = criteria["BetaSmoothingLoss, ema"].teacher
-    logits = torch.randn(batch_size, 100, device=device)
+    logits = torch.randn(batch_size, classes, device=device)
 
     def teacher_pass() -> None:
         with precision():

@@ -179,7 +179,7 @@ class EMATeacher(nn.Module):
             return result
         devices = list({p.device for p in self.module.parameters() if p.device.type not in ("cpu", "meta")})
         with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-            torch.manual_seed(torch.initial_seed() ^ (0x5EED << 32 | self._streams))
+            _seed(torch.initial_seed() ^ (0x5EED << 32 | self._streams), devices)
             self._streams += 1
             result = self.module(*args, **kwargs)
         self._reshard()
@@ -278,3 +278,18 @@ class EMATeacher(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves between devices, but keep the model's dtypes and the float32 averages."""
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _seed(seed: int, devices: list[torch.device]) -> None:
+    """Seed the generators of the CPU and of these devices alone.
+
+    torch.manual_seed also notes the seed for every kind of accelerator that is not in use, stack trace and all, which
+    takes longer than a small network's step, and would seed them so when they come into use.
+    """
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        module = torch.get_device_module(device)
+        if hasattr(module, "default_generators"):
+            module.default_generators[device.index or 0].manual_seed(seed)
+        else:
+            module.manual_seed(seed)
