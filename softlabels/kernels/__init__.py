@@ -11,6 +11,7 @@ others. A loss comes of negative coefficients. Which rows count, and how much, i
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from softlabels.kernels import automatic, compiled, eager, formula, fused
@@ -113,7 +114,7 @@ def confidence_penalty(
 
 
 def _log_likelihood(label: SoftLabel, logits: Tensor, reduce: bool) -> Tensor:
-    if is_plain(logits, *label.tensors().values()):
+    if not torch.compiler.is_compiling() and is_plain(logits, *label.tensors().values()):  # torch 2.11 traces no vars()
         if logits.is_cpu and logits.numel() <= FEW:
             result = formula.log_likelihood_of_few(label, logits, reduce)
         else:
