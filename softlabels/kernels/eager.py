@@ -80,12 +80,12 @@ def _by_few_operations(label: SoftLabel, logits: Tensor, out: Tensor | None) -> 
 def _by_fast_operations(label: SoftLabel, logits: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """One softmax is the only slow pass: log p_c = x_c - max x + log max p, and a uniform rest is not spread out.
 
-    Logits far from 0 are brought near it first, or their sums would lose digits. All row-shaped numbers are columns.
+    The row's largest logit is subtracted from all others first, or sums over classes would lose digits; but not where
+    it is near 0 and these sums make a small part of the total. All row-shaped numbers are columns.
     """
     x = logits.to(working_dtype(logits))
     largest = x.amax(1, keepdim=True)
-    least, greatest = largest.aminmax()
-    if not (least.item() >= -NEAR and greatest.item() <= NEAR):
+    if label.is_spread or not _near(largest):
         x = x - largest
         largest = torch.zeros_like(largest)
     p = _softmax(x, out)
@@ -100,7 +100,7 @@ def _by_fast_operations(label: SoftLabel, logits: Tensor, out: Tensor | None) ->
         rest = rest if isinstance(rest, Tensor) else torch.full_like(largest, rest)
         if rest.dim() and rest.shape[1] > 1:
             of_rest = rest.expand(x.shape).sum(1, keepdim=True) if mass is None else mass - of_index
-            total = (rest * x).sum() - (of_rest * log_sum).sum()
+            total = ((rest * x).sum(1, keepdim=True) - of_rest * log_sum).sum()
         else:
             of_rest = rest * num_classes if mass is None else 0.0
             total = (rest * torch.sub(x.sum(1, keepdim=True), log_sum, alpha=num_classes)).sum()
@@ -131,6 +131,11 @@ def _carefully(label: SoftLabel, logits: Tensor, out: Tensor | None) -> tuple[Te
     if not is_number(of_index, 0.0):
         p.scatter_add_(1, *formula.at_label(label.target, of_index, p))
     return total, _written(p, logits, out)
+
+
+def _near(largest: Tensor) -> bool:
+    least, greatest = largest.aminmax()
+    return least.item() >= -NEAR and greatest.item() <= NEAR
 
 
 def _softmax(x: Tensor, out: Tensor | None) -> Tensor:
