@@ -34,8 +34,6 @@ from softlabels.kernels.soft_label import (
 
 Graph = Callable[..., Any]
 
-CHECKED = {"TENSOR_MATCH", "SHAPE_ENV", "GLOBAL_STATE", "TORCH_FUNCTION_STATE", "DETERMINISTIC_ALGORITHMS"}
-
 _graphs: dict[tuple[object, ...], Graph] = {}
 
 
@@ -192,9 +190,9 @@ def _compile(body: Graph, kind: type[SoftLabel], constants: dict[str, Any], name
         return body(label, logits, *inputs[len(names) :])
 
     own = types.FunctionType(graph.__code__.replace(), graph.__globals__, body.__name__, None, graph.__closure__)
-    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": _of_inputs})
+    return torch.compile(own, fullgraph=True, options={"guard_filter_fn": _may_fail})
 
 
-def _of_inputs(guards: Sequence[Any]) -> list[bool]:
-    """Which guards are checked at each call: on inputs and torch's state. Nothing else that they use varies."""
-    return [guard.guard_type in CHECKED for guard in guards]
+def _may_fail(guards: Sequence[Any]) -> list[bool]:
+    """Which guards are checked at each call: not those on functions of modules (G) and on what a graph closes over."""
+    return [not guard.name.startswith(("G[", "body", "kind", "names", "constants")) for guard in guards]

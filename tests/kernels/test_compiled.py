@@ -247,6 +247,20 @@ def test_layouts_and_shapes_do_not_use_versions_up():
             torch.testing.assert_close(loss, wanted)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_equal_numbers_and_shared_tensors_may_part(first):
+    """A graph that was compiled for two names of one tensor is not used for two tensors, nor the other way round."""
+    num_classes = 21 + first  # that no other test has
+    logits, target = torch.randn(4, num_classes), torch.tensor([0, 1, 2, 0])
+    rows, others = torch.rand(4), torch.rand(4)
+    calls = [[(-0.3, -0.3), (-0.3, -0.2)], [(rows, rows), (rows, others)]]
+    for pair in calls:
+        for hard, uniform in (pair[first], pair[1 - first]):
+            got = kernels.two_level(logits, target, hard, uniform)
+            with softlabels.backend("eager"):
+                torch.testing.assert_close(got, kernels.two_level(logits, target, hard, uniform))
+
+
 def test_numbers_of_any_kind_are_inputs():
     logits, target, teacher_logits = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.randn(4, 3)
 
