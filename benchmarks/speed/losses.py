@@ -155,6 +155,8 @@ def distillation_losses(target: Tensor, teacher: Tensor) -> dict[str, Loss]:
 
 
 def _on(backend: str, loss: Loss) -> Loss:
+    """A loss that chooses its backend and leaves it chosen: a ``with`` block would be part of each step's time."""
+
     def run(x: Tensor) -> Tensor:
         softlabels.set_backend(backend)
         return loss(x)
