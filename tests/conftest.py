@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import softlabels
+
 settings.register_profile("softlabels", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("softlabels")
 
@@ -14,6 +16,16 @@ def _repeatable():
     """One thread (the suite runs in several processes) and known random numbers for every test."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _backend_given_back():
+    """A test that leaves another backend behind would have all later ones of its process compiled."""
+    before = softlabels.get_backend()
+    yield
+    after = softlabels.get_backend()
+    softlabels.set_backend(before)
+    assert after == before
 
 
 def pytest_terminal_summary(terminalreporter):
