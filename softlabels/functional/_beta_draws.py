@@ -57,9 +57,13 @@ def two_levels(
             return _by_numpy(rows, confidence, concentration, generator, share, amount, weight)
     draws = _draws(rows, confidence, concentration, generator, joint)
     uniform = (share - share * draws).to(kernels.working_dtype(logits))
-    hard = amount - num_classes * uniform
+    return _levels(rows.target, amount - num_classes * uniform, uniform, amount, weight)
+
+
+def _levels(target: Tensor, hard: Tensor, uniform: Tensor, amount: float, weight: kernels.Coefficient) -> Levels:
+    """Levels whose total is ``amount``, times a weight."""
     total = None if isinstance(weight, Tensor) else amount
-    return Levels(rows.target, kernels.times(weight, hard), kernels.times(weight, uniform), total)
+    return Levels(target, kernels.times(weight, hard), kernels.times(weight, uniform), total)
 
 
 def _by_numpy(
@@ -96,9 +100,7 @@ def _by_numpy(
     uniform: NDArray[np.floating[Any]] = np.full(values.size, share, dtype)
     uniform[order if kept is None else np.flatnonzero(kept.numpy())[order]] = ascending
     hard = torch.from_numpy((amount - num_classes * uniform).reshape(values.shape))
-    every = torch.from_numpy(uniform.reshape(values.shape))
-    total = None if isinstance(weight, Tensor) else amount
-    return Levels(target, kernels.times(weight, hard), kernels.times(weight, every), total)
+    return _levels(target, hard, torch.from_numpy(uniform.reshape(values.shape)), amount, weight)
 
 
 def _draws(

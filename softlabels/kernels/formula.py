@@ -75,8 +75,8 @@ def parts(label: SoftLabel, shifted: Tensor) -> tuple[Tensor, Tensor, Coefficien
         mass = times(per_row, float(shifted.shape[1])) + shifted.new_zeros(shifted.shape[:1] + shifted.shape[2:])
         value = mass if is_number(per_row, 0.0) else product(per_row, shifted.sum(1), careful=True)
     if not is_number(of_index, 0.0):
-        at_label = shifted.gather(1, label.target.unsqueeze(1)).squeeze(1)
-        value = add(product(of_index, at_label, careful=True), value)
+        logit = shifted.gather(1, label.target.unsqueeze(1)).squeeze(1)
+        value = add(product(of_index, logit, careful=True), value)
         mass = mass + of_index
     return value, mass, rest, of_index
 

@@ -212,7 +212,7 @@ class Teacher(SoftLabel):
     def mass(self, num_classes: int) -> float | None:
         """hard + weight soft, where nothing is shifted."""
         soft = times(self.weight, self.soft)
-        if self.class_weight is not None or self.target.is_floating_point() or not is_number(self.shift, 0.0):
+        if super().is_spread or not is_number(self.shift, 0.0):
             return None
         return None if isinstance(soft, Tensor) or isinstance(self.hard, Tensor) else self.hard + soft
 
