@@ -8,6 +8,7 @@ ascending uniforms. float64 keeps the sums ascending.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,13 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional._rows import Rows
+
+NUMPY_DTYPES: dict[torch.dtype, type[np.floating[Any]]] = {  # that floating dtypes are worked on in
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.float16: np.float32,
+    torch.bfloat16: np.float32,
+}
 
 
 class Levels(NamedTuple):
@@ -76,31 +84,32 @@ def _by_numpy(
     weight: kernels.Coefficient,
 ) -> Levels:
     """As `two_levels` with the draws of `_draws`."""
-    logits, target, kept = rows.logits, rows.target, rows.kept
-    num_classes = logits.shape[1]
+    target, kept, num_classes = rows.target, rows.kept, rows.num_classes
     values = kernels.to_numpy(score)
     ranked = values.ravel() if kept is None else values[kept.numpy()]
-    order = ranked.argsort(kind="stable")
-    if ranked.size and ranked[order[-1]] != ranked[order[-1]]:  # nan is sorted behind all else
-        order = np.where(np.isnan(ranked), -np.inf, ranked).argsort(kind="stable")
-    draws = np.empty(values.size)
-    torch.from_numpy(draws).uniform_(generator=generator)
-    if kept is not None:
-        draws = draws[: ranked.size]
-    draws.sort()
-    draws **= 1.0 / concentration
-    ascending: NDArray[np.float64] = share - share * draws
-    dtype = np.float64 if logits.dtype == torch.float64 else np.float32
-    whole = kept is None and rows.class_weight is None and logits.dim() == 2 and target.dim() == 1
-    if whole and logits.numel() <= kernels.FEW:  # the kernel takes soft labels sooner than their parts
-        soft = np.empty(logits.shape, dtype)
-        soft[order] = ascending[:, None]
-        soft[order, target.numpy()[order]] = amount - (num_classes - 1) * ascending
-        return Levels(torch.from_numpy(soft), weight, 0.0)
-    uniform: NDArray[np.floating[Any]] = np.full(values.size, share, dtype)
-    uniform[order if kept is None else np.flatnonzero(kept.numpy())[order]] = ascending
+    order, draws = ascending(ranked, values.size, concentration, generator)
+    uniform: NDArray[np.floating[Any]] = np.full(values.size, share, NUMPY_DTYPES[rows.logits.dtype])
+    uniform[order if kept is None else np.flatnonzero(kept.numpy())[order]] = share - share * draws
     hard = torch.from_numpy((amount - num_classes * uniform).reshape(values.shape))
     return _levels(target, hard, torch.from_numpy(uniform.reshape(values.shape)), amount, weight)
+
+
+def ascending(
+    scores: NDArray[Any], drawn: int, concentration: float, generator: torch.Generator | None
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Positions of the scores in ascending order, nan first, and as many Beta draws in ascending order.
+
+    ``drawn`` uniforms are drawn, the last of which may not be needed.
+    """
+    order = scores.argsort(kind="stable")
+    if scores.size and math.isnan(scores.item(order.item(-1))):  # sorted behind all else
+        order = np.where(np.isnan(scores), -np.inf, scores).argsort(kind="stable")
+    uniforms = np.empty(drawn)
+    torch.from_numpy(uniforms).uniform_(generator=generator)
+    draws = uniforms[: scores.size]
+    draws.sort()
+    draws **= 1.0 / concentration
+    return order, draws
 
 
 def _draws(

@@ -8,6 +8,7 @@ from torch import Tensor
 from softlabels import kernels
 from softlabels.functional import _checks
 from softlabels.functional._beta_draws import two_levels
+from softlabels.functional._beta_plain import plain_loss
 from softlabels.functional._rows import factor, finish, prepare
 from softlabels.functional._targets import label_probabilities
 
@@ -103,6 +104,10 @@ def ranked_beta_smoothing_loss(
     joint: bool = False,
 ) -> Tensor:
     """Beta smoothing within this process or, if ``joint``, over the batches of all processes together."""
+    if confidence is not None and weight is None and sample_weight is None and not joint:
+        loss = plain_loss(input, target, confidence, alpha, concentration, generator, ignore_index, reduction)
+        if loss is not None:
+            return loss
     _checks.check_fraction("alpha", alpha)
     _checks.check_positive("concentration", concentration, infinite=True)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)

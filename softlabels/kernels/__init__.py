@@ -35,8 +35,10 @@ __all__ = [
     "can_be_numpy",
     "column",
     "confidence_penalty",
+    "dense",
     "get_backend",
     "has_numbers",
+    "is_plain",
     "set_backend",
     "teacher",
     "teacher_probabilities",
@@ -60,9 +62,13 @@ def two_level(
     *,
     total: float | None = None,
     reduce: bool = False,
+    plain: bool = False,
 ) -> Tensor:
-    """sum_c w_c (hard y_c + uniform) log p_c; ``total`` is hard + K uniform, if that is known to be one number."""
-    return _log_likelihood(TwoLevel(target, hard, class_weight, uniform, total), logits, reduce)
+    """sum_c w_c (hard y_c + uniform) log p_c.
+
+    ``total`` is hard + K uniform, if that is known to be one number; ``plain``: all tensors are known to be plain.
+    """
+    return _log_likelihood(TwoLevel(target, hard, class_weight, uniform, total), logits, reduce, plain)
 
 
 def teacher(
@@ -113,8 +119,14 @@ def confidence_penalty(
     return rows.sum() if reduce else rows
 
 
-def _log_likelihood(label: SoftLabel, logits: Tensor, reduce: bool) -> Tensor:
-    if not torch.compiler.is_compiling() and is_plain(logits, *label.tensors().values()):  # torch 2.11 traces no vars()
+def dense(logits: Tensor, soft: Tensor, *, reduce: bool = False) -> Tensor:
+    """sum_c t_c log p_c for few plain logits on a CPU; no t_c is 0, and all are of the working dtype."""
+    return formula.weighted_sum(torch.log_softmax(logits, 1, dtype=soft.dtype), soft, reduce)
+
+
+def _log_likelihood(label: SoftLabel, logits: Tensor, reduce: bool, plain: bool = False) -> Tensor:
+    # torch 2.11 traces no vars()
+    if plain or (not torch.compiler.is_compiling() and is_plain(logits, *label.tensors().values())):
         if logits.is_cpu and logits.numel() <= FEW:
             result = formula.log_likelihood_of_few(label, logits, reduce)
         else:

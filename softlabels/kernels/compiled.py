@@ -12,6 +12,7 @@ its own. Numbers among the options are inputs of the graph, all but 0 and 1, whi
 from __future__ import annotations
 
 import functools
+import math
 import numbers
 import types
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ from softlabels.kernels.soft_label import (
 )
 
 Graph = Callable[..., Any]
+
+LOG2_E = 1.0 / math.log(2.0)
 
 _graphs: dict[tuple[object, ...], Graph] = {}
 
@@ -72,14 +75,18 @@ def _can_compile(logits: Tensor) -> bool:
 
 def _values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, ...]:
     label, of_teacher = label.normalized()
-    largest, shifted, exponentials = _shifted(logits)
-    log_sum = exponentials.sum(1).log()
+    logits = logits.to(working_dtype(logits))
+    largest = logits.amax(1)
+    shifted = logits - largest.unsqueeze(1)
+    log_sum = shifted.exp().sum(1).log()
     value, mass, _, _ = formula.parts(label, shifted)
     return value - product(mass, log_sum, careful=True), largest, log_sum, mass, *of_teacher
 
 
 def _total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
-    _, shifted, exponentials = _shifted(logits)
+    shifted = logits - logits.amax(1).unsqueeze(1)
+    exponentials = (shifted * LOG2_E).exp2()  # with Sleef in 0.6 of the time of exp
+    exponentials = exponentials.as_strided(exponentials.shape, exponentials.stride())  # or Inductor takes it twice
     total = exponentials.sum(1)
     value, mass, rest, of_index = formula.parts(label, shifted)
     p_mass = exponentials * (mass / total).unsqueeze(1)
@@ -102,20 +109,14 @@ def _gradient(
     return _soft_minus(p_mass, label, label.rest(careful=True), label.of_index).to(logits.dtype)
 
 
-def _shifted(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits.to(working_dtype(logits))
-    largest = logits.amax(1)
-    shifted = logits - largest.unsqueeze(1)
-    return largest, shifted, shifted.exp()
-
-
 def _soft_minus(p_mass: Tensor, label: SoftLabel, rest: Coefficient, of_index: Coefficient) -> Tensor:
     """t - p sum t, by comparison with the label rather than by writing at it, which would not fuse."""
     result = rest - p_mass
     if is_number(of_index, 0.0):
         return result
-    classes = torch.arange(p_mass.shape[1], device=p_mass.device).view(1, -1, *[1] * (p_mass.dim() - 2))
-    return torch.where(classes == label.target.unsqueeze(1), result + column(of_index), result)
+    classes = torch.arange(p_mass.shape[1], dtype=torch.int32, device=p_mass.device)  # as many bits as a float32
+    classes = classes.view(1, -1, *[1] * (p_mass.dim() - 2))
+    return torch.where(classes == label.target.to(torch.int32).unsqueeze(1), result + column(of_index), result)
 
 
 def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:

@@ -30,10 +30,15 @@ def log_likelihood_of_few(label: SoftLabel, logits: Tensor, reduce: bool) -> Ten
     """
     log_p = torch.log_softmax(logits, 1, dtype=working_dtype(logits))
     soft = dense(label, log_p, careful=False)
-    weighted = log_p * (soft.clone() if soft.is_inference() else soft)  # or autograd could not save it
-    result = weighted.sum() if reduce else weighted.sum(1)
+    result = weighted_sum(log_p, soft.clone() if soft.is_inference() else soft, reduce)  # or autograd could not save it
     total: float = result.item() if reduce else result.sum().item()
     return None if math.isnan(total) else result
+
+
+def weighted_sum(log_p: Tensor, soft: Tensor, reduce: bool) -> Tensor:
+    """sum_c t_c log p_c per row, or the sum of all rows."""
+    weighted = log_p * soft
+    return weighted.sum() if reduce else weighted.sum(1)
 
 
 def dense(label: SoftLabel, like: Tensor, careful: bool) -> Tensor:

@@ -74,7 +74,8 @@ class _LogLikelihood(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, label: SoftLabel, tensors: dict[str, Tensor], backend: ClosedForm, reduce: bool
     ) -> Tensor:
-        ctx.label, ctx.names = label.replace(dict.fromkeys(tensors)), tensors.keys()
+        ctx.kind, ctx.names = type(label), tensors.keys()
+        ctx.options = {name: value for name, value in vars(label).items() if name not in tensors}
         ctx.backend, ctx.reduce = backend, reduce
         ctx.gradient = None
         known: tuple[Tensor, ...] = ()
@@ -96,7 +97,7 @@ class _LogLikelihood(torch.autograd.Function):
             return gradient if incoming.item() == 1.0 else gradient.mul_(incoming), None, None, None, None
         logits, *saved = ctx.saved_tensors
         count = len(ctx.names)
-        label = ctx.label.replace(dict(zip(ctx.names, saved[:count], strict=True)))
+        label = ctx.kind(**ctx.options, **dict(zip(ctx.names, saved[:count], strict=True)))
         if torch.is_grad_enabled() or has_tangents():  # create_graph=True: the gradient is to be differentiated
             gradient = _differentiable_gradient(label, logits, incoming, ctx.reduce)
         elif batched:

@@ -13,7 +13,8 @@ from torch import nn
 
 import softlabels
 from softlabels import kernels
-from softlabels.functional import _beta_draws, beta_smoothing_loss, beta_smoothing_targets
+from softlabels.functional import _beta_draws, beta_smoothing, beta_smoothing_loss, beta_smoothing_targets
+from softlabels.functional._beta_plain import plain_loss
 
 
 def draws(target, num_classes, confidence, *, alpha=0.0, concentration=3.0, seed=0):
@@ -65,7 +66,7 @@ def test_summed_uniforms_are_order_statistics():
 @pytest.mark.parametrize("few", [0, kernels.FEW])
 @pytest.mark.parametrize("ignoring", [False, True])
 def test_draws_do_not_depend_on_who_hands_them_out(shape, few, ignoring):
-    """numpy, or torch where it traces or transforms; whole soft labels, or their parts."""
+    """Torch where it traces or transforms, numpy, or the shortcut for plain rows."""
     logits = torch.randn(shape, requires_grad=True)
     rows = shape[:1] + shape[2:]
     target, confidence = torch.randint(4, rows), torch.rand(rows).round(decimals=1)
@@ -77,11 +78,112 @@ def test_draws_do_not_depend_on_who_hands_them_out(shape, few, ignoring):
         generator = torch.Generator().manual_seed(0)
         return beta_smoothing_loss(logits, target, confidence, generator=generator, **options)
 
-    with patch.object(kernels, "can_be_numpy", return_value=False):
-        wanted = loss()
+    with patch.object(beta_smoothing, "plain_loss", return_value=None):
+        with patch.object(kernels, "can_be_numpy", return_value=False):
+            wanted = loss()
+        torch.testing.assert_close(loss(), wanted)
     with patch.object(kernels, "FEW", few):
         torch.testing.assert_close(loss(), wanted)
         torch.testing.assert_close(loss(weight=torch.ones(4), sample_weight=torch.ones(rows)), wanted)
+
+
+def plain_case(**changed):
+    """Arguments of the shortcut."""
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        "input": torch.tensor(
+            [[0.3, 1.0, 2.0], [9.0, 1.0, -7.0], [0.0, 0.1, 0.2], [-3.0, -80.0, 90.0]]
+        ).requires_grad_(),
+        "target": torch.tensor([0, 0, 2, 1]),
+        "confidence": torch.tensor([0.2, 0.9, 0.2, torch.nan]),
+        "alpha": 0.4,
+        "concentration": 3.0,
+        "generator": generator,
+        "ignore_index": -100,
+        "reduction": "mean",
+    }
+    return arguments | changed
+
+
+IMPOSSIBLE = torch.tensor([[-torch.inf, 0.1, 2.0], [9.0, 1.0, -torch.inf], [0.0, 0.1, 0.2], [-3.0, 0.0, 1.0]])
+PLAIN = {
+    "as is": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "float64": {"input": torch.randn(4, 3, dtype=torch.float64, requires_grad=True)},
+    "float16": {"input": torch.randn(4, 3, dtype=torch.float16, requires_grad=True)},
+    "bfloat16": {"input": torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)},
+    "transposed": {"input": torch.randn(3, 4).T.requires_grad_()},
+    "no gradient": {"input": torch.randn(4, 3)},
+    "parameter": {"input": nn.Parameter(torch.randn(4, 3))},
+    "float16 confidence": {"confidence": torch.rand(4).half()},
+    "strided": {"target": torch.tensor([0, 9, 2, 9, 1, 9, 0])[::2], "confidence": torch.rand(7)[::2]},
+    "alpha 0": {"alpha": 0.0},
+    "alpha 1": {"alpha": 1.0},
+    "-inf": {"input": IMPOSSIBLE.clone().requires_grad_()},
+    "-inf, alpha 0": {"input": IMPOSSIBLE.clone().requires_grad_(), "alpha": 0.0},
+    "-inf, alpha 1": {"input": IMPOSSIBLE.clone().requires_grad_(), "alpha": 1.0},
+    "-inf, draws of 0": {"input": IMPOSSIBLE.clone().requires_grad_(), "alpha": 0.0, "concentration": 1e-3},
+    "-inf, hardly any alpha": {"input": IMPOSSIBLE.clone().requires_grad_(), "alpha": 1e-12, "concentration": 1e-3},
+    "-inf, draws of 1": {"input": IMPOSSIBLE.clone().requires_grad_(), "concentration": 1e30},
+    "-inf, infinite": {"input": IMPOSSIBLE.clone().requires_grad_(), "concentration": math.inf},
+}
+NOT_PLAIN = {
+    "dense": {"input": torch.randn(4, 3, 2), "target": torch.zeros(4, 2).long(), "confidence": torch.rand(4, 2)},
+    "one row": {"input": torch.randn(3), "target": torch.tensor(1), "confidence": torch.tensor(0.3)},
+    "no row": {"input": torch.randn(0, 3), "target": torch.zeros(0).long(), "confidence": torch.rand(0)},
+    "one class": {"input": torch.randn(4, 1), "target": torch.zeros(4).long()},
+    "no class": {"input": torch.randn(4, 0)},
+    "whole numbers": {"input": torch.ones(4, 3).long()},
+    "probabilities": {"target": torch.full((4, 3), 1 / 3)},
+    "uint8": {"target": torch.tensor([0, 0, 2, 1], dtype=torch.uint8)},
+    "int32": {"target": torch.tensor([0, 0, 2, 1], dtype=torch.int32)},
+    "ignored": {"target": torch.tensor([0, -100, 2, 1])},
+    "may be ignored": {"ignore_index": 1},
+    "negative label": {"target": torch.tensor([0, -1, 2, 1])},
+    "label of no class": {"target": torch.tensor([0, 0, 3, 1])},
+    "too few labels": {"target": torch.tensor([0])},
+    "too few confidences": {"confidence": torch.rand(1)},
+    "confidence in whole numbers": {"confidence": torch.tensor([3, 1, 2, 4])},
+    "confidence in bfloat16": {"confidence": torch.rand(4).bfloat16()},
+    "confidence with a graph": {"confidence": torch.rand(4, requires_grad=True)},
+    "confidence on another device": {"confidence": torch.rand(4, device="meta")},
+    "logits on another device": {"input": torch.rand(4, 3, device="meta")},
+    "no tensor": {"confidence": [0.1, 0.2, 0.3, 0.4]},
+    "alpha out of range": {"alpha": 1.5},
+    "alpha not a number": {"alpha": math.nan},
+    "no concentration": {"concentration": 0.0},
+    "no such reduction": {"reduction": "sums"},
+    "no such index": {"ignore_index": 1.5},
+}
+
+
+@pytest.mark.parametrize("few", [0, kernels.FEW])
+@pytest.mark.parametrize("changed", PLAIN.values(), ids=PLAIN)
+def test_the_shortcut_for_plain_rows_takes_nothing_from_the_result(changed, few):
+    """Values, gradients and the generator's next numbers are those of the long way, where logits are -inf too."""
+    short, long = plain_case(**changed), plain_case(**changed)
+    logits = short["input"]
+    with patch.object(kernels, "FEW", few):
+        got = plain_loss(**short)
+        assert got is not None
+        with patch.object(beta_smoothing, "plain_loss", return_value=None):
+            wanted = beta_smoothing_loss(**long | {"input": logits})
+    assert got.dtype == wanted.dtype
+    torch.testing.assert_close(got, wanted)
+    assert torch.equal(short["generator"].get_state(), long["generator"].get_state())
+    if wanted.requires_grad:
+        (of_short,) = torch.autograd.grad(got.sum(), logits)
+        (of_long,) = torch.autograd.grad(wanted.sum(), logits)
+        torch.testing.assert_close(of_short, of_long)
+
+
+@pytest.mark.parametrize("changed", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_what_the_shortcut_is_not_for_is_left_untouched(changed):
+    arguments = plain_case(**changed)
+    before = arguments["generator"].get_state()
+    assert plain_loss(**arguments) is None
+    assert torch.equal(arguments["generator"].get_state(), before)
 
 
 def test_draws_are_comonotone_with_confidence():
