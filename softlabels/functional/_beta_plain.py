@@ -38,9 +38,8 @@ def plain_loss(
     try:
         dtype = NUMPY_DTYPES[input.dtype]
         labels, scores = target.numpy(), confidence.numpy()
-        places = np.ravel_multi_index((_numbers(count), labels), (count, num_classes))
-    except (KeyError, TypeError, RuntimeError, ValueError):
-        return None  # no logits; of a dtype or device that numpy has not, or with a graph; not the label of a class
+    except (KeyError, TypeError, RuntimeError):
+        return None  # no logits; of a dtype or device that numpy has not, or with a graph
     if not (
         labels.dtype is _INT64
         and labels.shape == scores.shape == (count,)
@@ -54,6 +53,8 @@ def plain_loss(
         and type(ignore_index) is int
         and not 0 <= ignore_index < num_classes
         and reduction in REDUCTIONS
+        and labels.item(labels.argmin()) >= 0
+        and labels.item(labels.argmax()) < num_classes
     ):
         return None
     amount = -1.0 / count if reduction == "mean" else -1.0
@@ -64,7 +65,7 @@ def plain_loss(
     reduce = reduction != "none"
     if input.numel() <= kernels.FEW and _NO_ZERO < alpha < 1.0 and draws.item(-1) < 1.0:
         soft = uniform.repeat(num_classes, 1)
-        soft.put(places, amount - (num_classes - 1) * uniform)
+        soft.put(_starts(count, num_classes) + labels, amount - (num_classes - 1) * uniform)
         return kernels.dense(input, torch.from_numpy(soft), reduce=reduce)
     uniform = uniform.ravel()
     hard = torch.from_numpy(amount - num_classes * uniform)
@@ -72,5 +73,5 @@ def plain_loss(
 
 
 @functools.lru_cache(maxsize=4)
-def _numbers(count: int) -> NDArray[np.int64]:
-    return np.arange(count)
+def _starts(count: int, num_classes: int) -> NDArray[np.int64]:
+    return np.arange(0, count * num_classes, num_classes)
