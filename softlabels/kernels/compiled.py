@@ -91,7 +91,7 @@ def _total_and_gradient(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tenso
     value, mass, rest, of_index = formula.parts(label, shifted)
     p_mass = exponentials * (mass / total).unsqueeze(1)
     value = value - product(mass, total.log(), careful=True)
-    return value.sum(), _soft_minus(p_mass, label, rest, of_index).to(logits.dtype)
+    return value.sum(), _written_like(logits, _soft_minus(p_mass, label, rest, of_index))
 
 
 def _gradient(
@@ -106,7 +106,7 @@ def _gradient(
     label = label.with_normalizer(of_teacher).scaled(incoming)
     shifted = logits.to(working_dtype(logits)) - largest.unsqueeze(1)
     p_mass = (shifted - log_sum.unsqueeze(1)).exp() * (mass * incoming).unsqueeze(1)
-    return _soft_minus(p_mass, label, label.rest(careful=True), label.of_index).to(logits.dtype)
+    return _written_like(logits, _soft_minus(p_mass, label, label.rest(careful=True), label.of_index))
 
 
 def _soft_minus(p_mass: Tensor, label: SoftLabel, rest: Coefficient, of_index: Coefficient) -> Tensor:
@@ -117,6 +117,11 @@ def _soft_minus(p_mass: Tensor, label: SoftLabel, rest: Coefficient, of_index: C
     classes = torch.arange(p_mass.shape[1], dtype=torch.int32, device=p_mass.device)  # as many bits as a float32
     classes = classes.view(1, -1, *[1] * (p_mass.dim() - 2))
     return torch.where(classes == label.target.to(torch.int32).unsqueeze(1), result + column(of_index), result)
+
+
+def _written_like(logits: Tensor, gradient: Tensor) -> Tensor:
+    """In the dtype and memory format of the logits."""
+    return torch.empty_like(logits).copy_(gradient)
 
 
 def _run(body: Graph, label: SoftLabel, logits: Tensor, *more: Tensor) -> Any:

@@ -247,6 +247,20 @@ def test_layouts_and_shapes_do_not_use_versions_up():
             torch.testing.assert_close(loss, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 5), (3, 5, 2, 4)], ids=str)
+def test_gradient_is_of_the_memory_format_of_the_logits(shape, dtype):
+    """Or the layer before, of channels_last say, would have to turn it round."""
+    order = (*range(1, len(shape)), 0) if len(shape) == 2 else (0, *range(2, len(shape)), 1)
+    logits = torch.randn(shape).to(dtype).permute(order).contiguous().permute(*np.argsort(order))
+    target = torch.randint(5, shape[:1] + shape[2:])
+    _, gradient = value_and_gradient(
+        lambda x: functional.beta_smoothing_loss(x, target, torch.rand(target.shape)), logits
+    )
+    assert gradient.stride() == logits.stride() != gradient.contiguous().stride()
+    check_against_the_truth(lambda x: functional.label_smoothing_map_loss(x, target, beta=0.2), logits)
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_equal_numbers_and_shared_tensors_may_part(first):
     """A graph that was compiled for two names of one tensor is not used for two tensors, nor the other way round."""
