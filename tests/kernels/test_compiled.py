@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import warnings
@@ -231,34 +232,47 @@ def test_what_watches_operations_sees_them():
     smoothed(8, 11)
 
 
-def test_layouts_and_shapes_do_not_use_versions_up():
+def test_layouts_and_shapes_do_not_use_versions_up(monkeypatch):
+    traced = functools.partial(torch.compile, backend="eager")  # as many versions, in a tenth of the time
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(compiled, "_graphs", {})
     target = torch.randint(13, (3, 4, 5))
-    for shape in ((3, 4, 5), (3, 1, 5), (3, 4, 1), (3, 1, 1), (2, 3, 4)):
-        for layout in ("contiguous", "classes last", "expanded"):
-            logits = torch.randn(shape[0], 13, *shape[1:])
-            if layout == "classes last":
-                logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
-            elif layout == "expanded":
-                logits = logits[:, :1].expand(logits.shape)
-            rows = target[: shape[0], : shape[1], : shape[2]]
-            loss = functional.label_smoothing_map_loss(logits.requires_grad_(), rows, beta=0.2)
-            with softlabels.backend("eager"):
-                wanted = functional.label_smoothing_map_loss(logits, rows, beta=0.2)
-            torch.testing.assert_close(loss, wanted)
+
+    def every():
+        for shape in ((3, 4, 5), (3, 1, 5), (3, 4, 1), (3, 1, 1), (2, 3, 4)):
+            for layout in ("contiguous", "classes last", "expanded"):
+                logits = torch.randn(shape[0], 13, *shape[1:])
+                if layout == "classes last":
+                    logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
+                elif layout == "expanded":
+                    logits = logits[:, :1].expand(logits.shape)
+                rows = target[: shape[0], : shape[1], : shape[2]]
+                loss = functional.label_smoothing_map_loss(logits.requires_grad_(), rows, beta=0.2)
+                with softlabels.backend("eager"):
+                    wanted = functional.label_smoothing_map_loss(logits, rows, beta=0.2)
+                torch.testing.assert_close(loss, wanted)
+
+    assert compilations(every) == len(compiled._graphs)  # one version of each function
+    assert compilations(every) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(6, 5), (3, 5, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((6, 5), torch.float32), ((3, 5, 2, 4), torch.float32), ((3, 5, 2, 4), torch.bfloat16)],
+    ids=str,
+)
 def test_gradient_is_of_the_memory_format_of_the_logits(shape, dtype):
     """Or the layer before, of channels_last say, would have to turn it round."""
     order = (*range(1, len(shape)), 0) if len(shape) == 2 else (0, *range(2, len(shape)), 1)
     logits = torch.randn(shape).to(dtype).permute(order).contiguous().permute(*np.argsort(order))
     target = torch.randint(5, shape[:1] + shape[2:])
-    _, gradient = value_and_gradient(
-        lambda x: functional.beta_smoothing_loss(x, target, torch.rand(target.shape)), logits
-    )
+
+    def loss(x):
+        return functional.label_smoothing_map_loss(x, target, beta=0.2)
+
+    _, gradient = value_and_gradient(loss, logits)
     assert gradient.stride() == logits.stride() != gradient.contiguous().stride()
-    check_against_the_truth(lambda x: functional.label_smoothing_map_loss(x, target, beta=0.2), logits)
+    check_against_the_truth(loss, logits)
 
 
 @pytest.mark.parametrize("first", [0, 1])
