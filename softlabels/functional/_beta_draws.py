@@ -20,18 +20,10 @@ from torch import Tensor
 from softlabels import kernels
 from softlabels.functional._rows import Rows
 
-NUMPY_DTYPES: dict[torch.dtype, type[np.floating[Any]]] = {  # that floating dtypes are worked on in
-    torch.float64: np.float64,
-    torch.float32: np.float32,
-    torch.float16: np.float32,
-    torch.bfloat16: np.float32,
-}
-
 
 class Levels(NamedTuple):
     """Soft labels as the row kernel takes them: ``hard`` times the label and ``uniform`` for every class."""
 
-    target: Tensor
     hard: kernels.Coefficient
     uniform: kernels.Coefficient
     total: float | None = None  # hard + K uniform, where that is one number
@@ -54,7 +46,7 @@ def two_levels(
     logits = rows.logits
     num_classes = logits.shape[1]
     if num_classes == 1:
-        return Levels(rows.target, weight, 0.0)
+        return Levels(weight, 0.0)
     amount = 1.0
     if not isinstance(weight, Tensor):
         amount, weight = weight, 1.0
@@ -65,13 +57,13 @@ def two_levels(
             return _by_numpy(rows, confidence, concentration, generator, share, amount, weight)
     draws = _draws(rows, confidence, concentration, generator, joint)
     uniform = (share - share * draws).to(kernels.working_dtype(logits))
-    return _levels(rows.target, amount - num_classes * uniform, uniform, amount, weight)
+    return _levels(amount - num_classes * uniform, uniform, amount, weight)
 
 
-def _levels(target: Tensor, hard: Tensor, uniform: Tensor, amount: float, weight: kernels.Coefficient) -> Levels:
+def _levels(hard: Tensor, uniform: Tensor, amount: float, weight: kernels.Coefficient) -> Levels:
     """Levels whose total is ``amount``, times a weight."""
     total = None if isinstance(weight, Tensor) else amount
-    return Levels(target, kernels.times(weight, hard), kernels.times(weight, uniform), total)
+    return Levels(kernels.times(weight, hard), kernels.times(weight, uniform), total)
 
 
 def _by_numpy(
@@ -84,14 +76,19 @@ def _by_numpy(
     weight: kernels.Coefficient,
 ) -> Levels:
     """As `two_levels` with the draws of `_draws`."""
-    target, kept, num_classes = rows.target, rows.kept, rows.num_classes
+    kept = rows.kept
     values = kernels.to_numpy(score)
     ranked = values.ravel() if kept is None else values[kept.numpy()]
     order, draws = ascending(ranked, values.size, concentration, generator)
-    uniform: NDArray[np.floating[Any]] = np.full(values.size, share, NUMPY_DTYPES[rows.logits.dtype])
+    uniform: NDArray[np.floating[Any]] = np.full(values.size, share, numpy_dtype(rows.logits))
     uniform[order if kept is None else np.flatnonzero(kept.numpy())[order]] = share - share * draws
-    hard = torch.from_numpy((amount - num_classes * uniform).reshape(values.shape))
-    return _levels(target, hard, torch.from_numpy(uniform.reshape(values.shape)), amount, weight)
+    hard = torch.from_numpy((amount - rows.num_classes * uniform).reshape(values.shape))
+    return _levels(hard, torch.from_numpy(uniform.reshape(values.shape)), amount, weight)
+
+
+def numpy_dtype(logits: Tensor) -> type[np.floating[Any]]:
+    """What numpy calls the working dtype."""
+    return np.float64 if kernels.working_dtype(logits) == torch.float64 else np.float32
 
 
 def ascending(

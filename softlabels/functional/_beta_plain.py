@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabels import kernels
-from softlabels.functional._beta_draws import NUMPY_DTYPES, ascending
+from softlabels.functional._beta_draws import ascending, numpy_dtype
 from softlabels.functional._checks import REDUCTIONS
 
 _INT64 = np.dtype(np.int64)
@@ -36,12 +36,12 @@ def plain_loss(
         return None
     count, num_classes = input.shape
     try:
-        dtype = NUMPY_DTYPES[input.dtype]
         labels, scores = target.numpy(), confidence.numpy()
-    except (KeyError, TypeError, RuntimeError):
-        return None  # no logits; of a dtype or device that numpy has not, or with a graph
+    except (TypeError, RuntimeError):  # of a dtype or device that numpy has not, or with a graph
+        return None
     if not (
-        labels.dtype is _INT64
+        input.is_floating_point()
+        and labels.dtype is _INT64
         and labels.shape == scores.shape == (count,)
         and scores.dtype.kind == "f"
         and count > 0
@@ -60,13 +60,13 @@ def plain_loss(
     amount = -1.0 / count if reduction == "mean" else -1.0
     share = amount * (1.0 - alpha) / (num_classes - 1)
     order, draws = ascending(scores, count, concentration, generator)
-    uniform = np.empty((count, 1), dtype)
+    uniform = np.empty((count, 1), numpy_dtype(input))
     uniform.put(order, share - share * draws)
     reduce = reduction != "none"
     if input.numel() <= kernels.FEW and _NO_ZERO < alpha < 1.0 and draws.item(-1) < 1.0:
         soft = uniform.repeat(num_classes, 1)
         soft.put(_starts(count, num_classes) + labels, amount - (num_classes - 1) * uniform)
-        return kernels.dense(input, torch.from_numpy(soft), reduce=reduce)
+        return kernels.dense_label(input, torch.from_numpy(soft), reduce=reduce)
     uniform = uniform.ravel()
     hard = torch.from_numpy(amount - num_classes * uniform)
     return kernels.two_level(input, target, hard, torch.from_numpy(uniform), total=amount, reduce=reduce, plain=True)

@@ -114,7 +114,7 @@ def ranked_beta_smoothing_loss(
     label = two_levels(rows, confidence, alpha, concentration, generator, weight=factor(rows, reduction), joint=joint)
     result = kernels.two_level(
         rows.logits,
-        label.target,
+        rows.target,
         label.hard,
         label.uniform,
         rows.class_weight,
@@ -167,5 +167,5 @@ def beta_smoothing_targets(
     probabilities = label_probabilities(target, num_classes)
     rows = prepare(probabilities, probabilities, None, None, -100, "none")
     label = two_levels(rows, confidence, alpha, concentration, generator)
-    soft = kernels.column(label.uniform) + kernels.column(label.hard) * label.target
+    soft = kernels.column(label.uniform) + kernels.column(label.hard) * rows.target
     return soft.squeeze(0) if rows.single else soft

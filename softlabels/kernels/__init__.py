@@ -35,7 +35,7 @@ __all__ = [
     "can_be_numpy",
     "column",
     "confidence_penalty",
-    "dense",
+    "dense_label",
     "get_backend",
     "has_numbers",
     "is_plain",
@@ -119,7 +119,7 @@ def confidence_penalty(
     return rows.sum() if reduce else rows
 
 
-def dense(logits: Tensor, soft: Tensor, *, reduce: bool = False) -> Tensor:
+def dense_label(logits: Tensor, soft: Tensor, *, reduce: bool = False) -> Tensor:
     """sum_c t_c log p_c for few plain logits on a CPU; no t_c is 0, and all are of the working dtype."""
     return formula.weighted_sum(torch.log_softmax(logits, 1, dtype=soft.dtype), soft, reduce)
 

@@ -89,7 +89,6 @@ def test_draws_do_not_depend_on_who_hands_them_out(shape, few, ignoring):
 
 def plain_case(**changed):
     """Arguments of the shortcut."""
-    generator = torch.Generator().manual_seed(0)
     arguments = {
         "input": torch.tensor(
             [[0.3, 1.0, 2.0], [9.0, 1.0, -7.0], [0.0, 0.1, 0.2], [-3.0, -80.0, 90.0]]
@@ -98,7 +97,7 @@ def plain_case(**changed):
         "confidence": torch.tensor([0.2, 0.9, 0.2, torch.nan]),
         "alpha": 0.4,
         "concentration": 3.0,
-        "generator": generator,
+        "generator": torch.Generator().manual_seed(0),
         "ignore_index": -100,
         "reduction": "mean",
     }
@@ -106,6 +105,7 @@ def plain_case(**changed):
 
 
 IMPOSSIBLE = torch.tensor([[-torch.inf, 0.1, 2.0], [9.0, 1.0, -torch.inf], [0.0, 0.1, 0.2], [-3.0, 0.0, 1.0]])
+IMPOSSIBLE.requires_grad_()
 PLAIN = {
     "as is": {},
     "sum": {"reduction": "sum"},
@@ -113,6 +113,7 @@ PLAIN = {
     "float64": {"input": torch.randn(4, 3, dtype=torch.float64, requires_grad=True)},
     "float16": {"input": torch.randn(4, 3, dtype=torch.float16, requires_grad=True)},
     "bfloat16": {"input": torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)},
+    "float8": {"input": torch.randn(4, 3).to(torch.float8_e4m3fn)},
     "transposed": {"input": torch.randn(3, 4).T.requires_grad_()},
     "no gradient": {"input": torch.randn(4, 3)},
     "parameter": {"input": nn.Parameter(torch.randn(4, 3))},
@@ -120,13 +121,13 @@ PLAIN = {
     "strided": {"target": torch.tensor([0, 9, 2, 9, 1, 9, 0])[::2], "confidence": torch.rand(7)[::2]},
     "alpha 0": {"alpha": 0.0},
     "alpha 1": {"alpha": 1.0},
-    "-inf": {"input": IMPOSSIBLE.clone().requires_grad_()},
-    "-inf, alpha 0": {"input": IMPOSSIBLE.clone().requires_grad_(), "alpha": 0.0},
-    "-inf, alpha 1": {"input": IMPOSSIBLE.clone().requires_grad_(), "alpha": 1.0},
-    "-inf, draws of 0": {"input": IMPOSSIBLE.clone().requires_grad_(), "alpha": 0.0, "concentration": 1e-3},
-    "-inf, hardly any alpha": {"input": IMPOSSIBLE.clone().requires_grad_(), "alpha": 1e-12, "concentration": 1e-3},
-    "-inf, draws of 1": {"input": IMPOSSIBLE.clone().requires_grad_(), "concentration": 1e30},
-    "-inf, infinite": {"input": IMPOSSIBLE.clone().requires_grad_(), "concentration": math.inf},
+    "-inf": {"input": IMPOSSIBLE},
+    "-inf, alpha 0": {"input": IMPOSSIBLE, "alpha": 0.0},
+    "-inf, alpha 1": {"input": IMPOSSIBLE, "alpha": 1.0},
+    "-inf, draws of 0": {"input": IMPOSSIBLE, "alpha": 0.0, "concentration": 1e-3},
+    "-inf, hardly any alpha": {"input": IMPOSSIBLE, "alpha": 1e-12, "concentration": 1e-3},
+    "-inf, draws of 1": {"input": IMPOSSIBLE, "concentration": 1e30},
+    "-inf, infinite": {"input": IMPOSSIBLE, "concentration": math.inf},
 }
 NOT_PLAIN = {
     "dense": {"input": torch.randn(4, 3, 2), "target": torch.zeros(4, 2).long(), "confidence": torch.rand(4, 2)},
