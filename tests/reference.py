@@ -39,6 +39,12 @@ def soft_cross_entropy(soft_label: Row, logits: Row, class_weight: Row) -> float
     return -sum(w * t * lp for w, t, lp in zip(class_weight, soft_label, log_p, strict=True) if w * t != 0)
 
 
+def even_shares(amount: float, logits: Row) -> list[float]:
+    """An amount spread evenly over the classes that are possible, those of a logit above -inf."""
+    possible = [x > -math.inf for x in logits]
+    return [amount / sum(possible) if p else 0.0 for p in possible]
+
+
 def mean_weight(label: Label, class_weight: Row) -> float:
     """What a row counts in torch's mean: the class weight of an index, 1 for class probabilities."""
     return class_weight[label] if isinstance(label, int) else 1.0
@@ -64,10 +70,9 @@ def beta_draws(uniforms: Row, confidence: Row | None, kept: Sequence[bool], conc
 
 def beta_smoothing(logits: Row, label: Label, class_weight: Row, draw: float, alpha: float) -> float:
     k = len(logits)
-    y = label_mass(label, k)
-    off = (1 - draw) / (k - 1) if k > 1 else 0.0  # sec. 6: mass of every class but the true one
-    noise = [off + (draw - off) * y_c if k > 1 else 1.0 for y_c in y]
-    soft = [alpha * y_c + (1 - alpha) * n_c for y_c, n_c in zip(y, noise, strict=True)]  # Eq. 3, noise for the teacher
+    off = (1 - alpha) * (1 - draw) / (k - 1) if k > 1 else 0.0  # sec. 6 in Eq. 3: what every class but the true one gets
+    even = even_shares(k * off, logits)
+    soft = [e + (1 - k * off) * y_c for e, y_c in zip(even, label_mass(label, k), strict=True)]
     return soft_cross_entropy(soft, logits, class_weight)
 
 
@@ -107,7 +112,8 @@ def strengths(teachers: Sequence[Row], kept: Sequence[bool], temperature: float,
         return [sum(math.exp(f / temperature) for f in row) for row in teachers]
     values = []
     for row in teachers:
-        possible = [f for f in row if f > -math.inf]
+        log_q = log_softmax([f / temperature for f in row])
+        possible = [f for f, lq in zip(row, log_q, strict=True) if lq > -87]  # the classes that have a probability
         centre = sum(possible) / len(possible)
         values.append(sum(math.exp((f - centre) / temperature) for f in row))
     mean = sum(v for v, k in zip(values, kept, strict=True) if k) / max(sum(kept), 1)
@@ -124,7 +130,9 @@ def dirichlet_map(
     temperature: float,
     gamma: float,
 ) -> float:
-    prior = [beta * strength * q + gamma for q in softmax([f / temperature for f in teacher])]  # Eq. 8 as in Eq. 9
+    gammas = [gamma if x > -math.inf else min(gamma, 1.0) for x in logits]
+    q = softmax([f / temperature for f in teacher])
+    prior = [beta * strength * q_c + gamma_c for q_c, gamma_c in zip(q, gammas, strict=True)]  # Eq. 8 as in Eq. 9
     regulariser = [max(a - 1.0, 0.0) for a in prior]  # App. 9.7: negative coefficients prune
     counts = label_mass(label, len(logits))
     return soft_cross_entropy(counts, logits, class_weight) + soft_cross_entropy(  # Eq. 6
@@ -135,7 +143,7 @@ def dirichlet_map(
 def label_smoothing_map(logits: Row, label: Label, class_weight: Row, beta: float) -> float:
     k = len(logits)
     likelihood = soft_cross_entropy(label_mass(label, k), logits, class_weight)
-    return likelihood + beta * soft_cross_entropy([1.0 / k] * k, logits, class_weight)  # Eq. 7
+    return likelihood + soft_cross_entropy(even_shares(beta, logits), logits, class_weight)  # Eq. 7
 
 
 def confidence_penalty(logits: Row, label: Label, class_weight: Row, beta: float) -> float:

@@ -13,27 +13,30 @@ import numbers
 import torch
 from torch import Tensor
 
+from softlabels.kernels import peek as peek
+
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def check_reduction(reduction: object) -> None:
+def check_reduction(value: object) -> str:
     """``reduction`` is one that torch knows."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if not isinstance(value, str) or value not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {value!r}")
+    return value
 
 
-def check_ignore_index(ignore_index: object) -> None:
+def check_ignore_index(value: object) -> int:
     """``ignore_index`` is a whole number."""
-    if type(ignore_index) is int:
-        return
-    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if type(value) is not int and (not isinstance(value, numbers.Integral) or isinstance(value, bool)):
+        raise TypeError(f"ignore_index must be an int, got {value!r}")
+    return int(value)
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> object:
     """A string option is one of its choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
 
 
 def check_number(
@@ -44,39 +47,41 @@ def check_number(
     high: float = math.inf,
     low_open: bool = False,
     high_open: bool = False,
-) -> None:
-    """A number option lies in its interval, whose ends belong to it unless they are open."""
+) -> float:
+    """A number option lies in its interval, whose ends belong to it unless they are open; the number."""
     if type(value) is float and low < value < high:
-        return
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    value = float(value)
-    above = value > low if low_open else value >= low
-    below = value < high if high_open else value <= high
+    number = float(value)
+    above = number > low if low_open else number >= low
+    below = number < high if high_open else number <= high
     if not (above and below):
         left, right = "(" if low_open else "[", ")" if high_open else "]"
-        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}")
+        raise ValueError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {number!r}")
+    return number
 
 
-def check_flag(name: str, value: object) -> None:
+def check_flag(name: str, value: object) -> bool:
     """An option is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
-def check_positive(name: str, value: object, *, infinite: bool = False) -> None:
+def check_positive(name: str, value: object, *, infinite: bool = False) -> float:
     """A number option is greater than 0, and finite unless ``infinite``."""
-    check_number(name, value, low=0.0, low_open=True, high_open=not infinite)
+    return check_number(name, value, low=0.0, low_open=True, high_open=not infinite)
 
 
-def check_non_negative(name: str, value: object) -> None:
+def check_non_negative(name: str, value: object) -> float:
     """A number option is finite and not negative."""
-    check_number(name, value, low=0.0, high_open=True)
+    return check_number(name, value, low=0.0, high_open=True)
 
 
-def check_fraction(name: str, value: object) -> None:
+def check_fraction(name: str, value: object) -> float:
     """A number option lies in [0, 1]."""
-    check_number(name, value, low=0.0, high=1.0)
+    return check_number(name, value, low=0.0, high=1.0)
 
 
 def check_count(name: str, value: object) -> None:
@@ -153,7 +158,7 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
     """The target holds class indices per row, or class probabilities in the shape of the logits."""
     check_tensor("target", target)
     check_device("target", target, input)
-    if target.dtype == torch.int64 and input.dim() == 2 and target.dim() == 1 and len(target) == len(input):
+    if target.dtype == torch.int64 and input.dim() == 2 and target.dim() == 1 and target.shape[0] == input.shape[0]:
         return  # without the messages below, as almost always
     shapes = f"for input of shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
     if target.shape == input.shape:
@@ -184,13 +189,3 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
             )
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"target must hold class indices as torch.int64 (or uint8), got {target.dtype}")
-
-
-def peek(condition: Tensor) -> bool | None:
-    """Read a one-element condition where that costs nothing; None on accelerators, under tracing and under vmap."""
-    if condition.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    try:
-        return bool(condition)
-    except RuntimeError:  # vmap and fake tensors have no value to read
-        return None

@@ -1,7 +1,8 @@
-"""From a caller's arguments to rows, through a row kernel, to a reduced loss: what all functional losses share."""
+"""From a caller's arguments to rows, and from terms of a soft label to a reduced loss: what all functions share."""
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
+from softlabels.kernels import Amount
 
 
 class Rows(NamedTuple):
@@ -19,41 +21,120 @@ class Rows(NamedTuple):
     kept: Tensor | None  # (N, d1, ...) False for ignored rows; None where no row can be ignored
     class_weight: Tensor | None  # (K,) in the working dtype
     sample_weight: Tensor | None  # (N, d1, ...) in the working dtype
+    reduction: str
     single: bool  # the caller's input was one row without a batch dimension
-    readable: bool  # the numbers of the target can be read, and that costs nothing
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of a row-shaped tensor, batch dimension included."""
-        return self.logits.shape[:1] + self.logits.shape[2:]
 
     @property
     def num_classes(self) -> int:
         """K."""
         return self.logits.shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return kernels.working_dtype(self.logits)
+
+    @property
+    def counted(self) -> Tensor | None:
+        """False for rows that are ignored or of weight 0, which no statistic over rows may know of; None: all count."""
+        if self.sample_weight is None:
+            return self.kept
+        counted = self.sample_weight != 0
+        return counted if self.kept is None else counted & self.kept
+
     def row_argument(self, name: str, value: Tensor) -> Tensor:
         """Check an argument that has one value per row of the caller and bring it to (N, d1, ...)."""
-        _checks.check_like_rows(name, value, self._callers_logits, self.shape[1:] if self.single else self.shape)
+        shape = self.logits.shape[2:] if self.single else self.logits.shape[:1] + self.logits.shape[2:]
+        _checks.check_like_rows(name, value, self._callers_logits, shape)
         return value.unsqueeze(0) if self.single else value
 
     def teacher_argument(self, teacher_logits: Tensor) -> Tensor:
         """Check the caller's teacher logits and bring them to (N, K, d1, ...) without their graph."""
         _checks.check_teacher_logits(teacher_logits, self._callers_logits)
-        return teacher_logits.detach().unsqueeze(0) if self.single else teacher_logits.detach()
+        teacher_logits = teacher_logits.detach().unsqueeze(0) if self.single else teacher_logits.detach()
+        _warn_of_probabilities(teacher_logits)
+        return teacher_logits
 
     @property
     def _callers_logits(self) -> Tensor:
         return self.logits.squeeze(0) if self.single else self.logits
 
+    def statistics(self) -> kernels.Statistics:
+        """What is known of the rows before their soft label."""
+        return kernels.statistics(self.logits, reduce=self.reduction != "none")
+
+    def label(self, amount: Amount) -> kernels.Term:
+        """An amount of the target."""
+        if self.target.is_floating_point():
+            return kernels.Given(amount, self.target, class_weight=self.class_weight)
+        if self.class_weight is not None:
+            amount = amount * self.class_weight[self.target]
+        return kernels.Label(amount, self.target)
+
+    def even(self, amount: Amount) -> kernels.Term:
+        """An amount that is spread evenly over the classes."""
+        return kernels.Even(amount, class_weight=self.class_weight)
+
+    def prediction(
+        self, amount: Amount, teacher_logits: Tensor, temperature: float, keep: int | None = None, shift: float = 0.0
+    ) -> kernels.Term:
+        """An amount of a teacher's prediction."""
+        return kernels.Prediction(
+            amount, teacher_logits, temperature, keep, shift, class_weight=self.class_weight
+        )
+
+    def loss(
+        self, *terms: kernels.Term, total: float | None = None, known: kernels.Statistics | None = None
+    ) -> Tensor:
+        """The reduced cross-entropy against the sum of the terms, in the caller's shape.
+
+        ``total`` is the mass of that sum where a label has mass 1 and classes have no weights.
+        """
+        if self.class_weight is not None or self.target.is_floating_point():
+            total = None
+        label = kernels.SoftLabel([term for term in terms if not term.is_absent], self.weight(), total)
+        return self.finish(kernels.cross_entropy(label, self.logits, reduce=self.reduction != "none", known=known))
+
+    def finish(self, loss: Tensor) -> Tensor:
+        """The loss in the caller's shape."""
+        return loss.squeeze(0) if self.single and self.reduction == "none" else loss
+
+    def soft_label(self, *terms: kernels.Term) -> Tensor:
+        """The sum of the terms, (N, K, d1, ...)."""
+        return kernels.SoftLabel([term for term in terms if not term.is_absent], 1.0).dense(torch.empty_like(self.logits, dtype=self.dtype))
+
+    def weight(self) -> Amount:
+        """What the loss of each row is multiplied by to become its part of the result.
+
+        ``"mean"`` divides by the summed sample weight times, for class indices, the class weight of the label, as
+        nn.CrossEntropyLoss does, except that nothing to learn from gives 0.
+        """
+        weight = self.sample_weight
+        if self.kept is not None:
+            kept = self.kept.to(self.dtype)
+            weight = kept if weight is None else torch.where(self.kept, weight, 0.0)
+        if self.reduction != "mean":
+            return 1.0 if weight is None else weight
+        of_label = None
+        if self.class_weight is not None and not self.target.is_floating_point():
+            of_label = self.class_weight[self.target]
+        if weight is None and of_label is None:
+            return 1.0 / max(self.logits.shape[0] * self.logits.shape[2:].numel(), 1)
+        if weight is None:
+            assert of_label is not None
+            weight = torch.ones_like(of_label)
+        counts = weight if of_label is None else weight * of_label
+        divisor = (counts if self.kept is None else torch.where(self.kept, counts, 0.0)).sum()
+        return torch.where(divisor == 0, 0.0, weight / torch.where(divisor == 0, 1.0, divisor))
+
 
 def prepare(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "none",
     *,
     counts: bool = False,
 ) -> Rows:
@@ -65,103 +146,107 @@ def prepare(
         weight: Class weights (K,), or None.
         sample_weight: One weight per row, or None.
         ignore_index: Label of the rows that count for nothing.
-        reduction: Checked here, applied by [`factor`][].
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         counts: Whether whole-number targets of the shape of ``input`` are label counts (otherwise an error).
     """
-    _checks.check_reduction(reduction)
-    _checks.check_ignore_index(ignore_index)
+    reduction = _checks.check_reduction(reduction)
+    ignore_index = _checks.check_ignore_index(ignore_index)
     _checks.check_input(input)
     if counts and isinstance(target, Tensor) and target.shape == input.shape and not target.is_complex():
         target = target.to(kernels.working_dtype(input))
+        check_counts(target)
     _checks.check_target(input, target, ignore_index)
-    readable = kernels.can_be_numpy(target)
-    if weight is None and sample_weight is None and target.dtype == torch.int64 and input.dim() == 2:  # mostly so
-        target, kept = _labels(target, input.shape[1], ignore_index, readable)
-        return Rows(input, target, kept, None, None, False, readable)
-
     dtype = kernels.working_dtype(input)
     single = input.dim() == 1
-    row_shape = input.shape[:1] + input.shape[2:] if not single else torch.Size(())
     num_classes = input.shape[0 if single else 1]
-    _checks.check_class_weight(weight, num_classes)
     if weight is not None:
+        _checks.check_class_weight(weight, num_classes)
         _checks.check_device("weight", weight, input)
         weight = weight.to(dtype)
-
     kept = None
     if target.shape == input.shape:
         target = target.to(dtype)
     else:
-        target, kept = _labels(target.reshape(row_shape).long(), num_classes, ignore_index, readable)
+        if target.dtype != torch.int64 or target.dim() != max(input.dim() - 1, 0):
+            target = target.reshape(input.shape[:1] + input.shape[2:] if not single else ()).long()
+        target, kept = _labels(target, num_classes, ignore_index)
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
         kept = None if kept is None else kept.unsqueeze(0)
-    rows = Rows(input, target, kept, weight, None, single, readable)
-    if sample_weight is not None:
-        sample_weight = rows.row_argument("sample_weight", sample_weight).to(dtype)
-        rows = rows._replace(sample_weight=sample_weight)
-    return rows
+    rows = Rows(input, target, kept, weight, None, reduction, single)
+    if sample_weight is None:
+        return rows
+    return rows._replace(sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
 
 
-def _labels(target: Tensor, num_classes: int, ignore_index: int, readable: bool) -> tuple[Tensor, Tensor | None]:
+def _labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
     """Class indices with ignored ones replaced by 0, and which rows are kept: None where that is known to be all.
 
-    A label that no class has is an IndexError where labels can be read for nothing; on an accelerator the kernels'
-    gather is a device-side assertion, as in torch.
+    A label that no class has is an IndexError where labels can be read for nothing; a compiled program checks them
+    when it runs; on an accelerator the kernels' gather is a device-side assertion, as in torch.
     """
-    ends = _range(target) if readable else None
+    ends = kernels.least_and_greatest(target)
     kept = None
     if ends is None or ends[0] <= ignore_index <= ends[1]:
         kept = target != ignore_index
         target = target.masked_fill(~kept, 0)
-        ends = ends and _range(target)
-    if ends is not None and (ends[0] < 0 or ends[1] >= num_classes):
+        ends = ends and kernels.least_and_greatest(target)
+    if ends is None or ends[0] < 0 or ends[1] >= num_classes:
         check_labels(target, num_classes, " or ignore_index")
     return target, kept
 
 
-def _range(values: Tensor) -> tuple[int, int] | None:
-    """The least and the greatest of whole numbers, if there are any."""
-    if values.numel() == 0:
-        return None
-    least, greatest = values.aminmax()
-    return int(least.item()), int(greatest.item())
-
-
 def check_labels(target: Tensor, num_classes: int, alternative: str = "") -> None:
     """Raise an IndexError for labels outside [0, num_classes), where reading them costs nothing."""
-    bad = (target < 0) | (target >= num_classes)
-    if _checks.peek(bad.any()):
-        raise IndexError(
-            f"target must hold class indices in [0, {num_classes}){alternative}, got {target[bad][0].item()}"
-        ) from None
+    valid = (target >= 0) & (target < num_classes)
+    wanted = f"target must hold class indices in [0, {num_classes}){alternative}"
+    if kernels.peek(valid.all()) is False:
+        raise IndexError(f"{wanted}, got {target[~valid][0].item()}")
+    kernels.check_when_run(valid.all(), wanted)
 
 
-def factor(rows: Rows, reduction: str) -> kernels.Coefficient:
-    """What the log-likelihood of each row is multiplied by to become its part of the result: minus its weight.
-
-    ``"mean"`` divides by the summed sample weight times, for class indices, the class weight of the label, as
-    nn.CrossEntropyLoss does, except that nothing to learn from gives 0.
-    """
-    weight = rows.sample_weight
-    if rows.kept is not None:
-        kept = rows.kept.to(kernels.working_dtype(rows.logits))
-        weight = kept if weight is None else torch.where(rows.kept, weight, 0.0)
-    if reduction != "mean":
-        return -1.0 if weight is None else -weight
-    of_label = None
-    if rows.class_weight is not None and not rows.target.is_floating_point():
-        of_label = rows.class_weight[rows.target]
-    if weight is None and of_label is None:
-        return -1.0 / max(rows.shape.numel(), 1)
-    if weight is None:
-        assert of_label is not None
-        weight = torch.ones_like(of_label)
-    counts = weight if of_label is None else weight * of_label
-    divisor = (counts if rows.kept is None else torch.where(rows.kept, counts, 0.0)).sum()
-    return torch.where(divisor == 0, 0.0, -(weight / torch.where(divisor == 0, 1.0, divisor)))
+def check_counts(counts: Tensor) -> None:
+    """Raise a ValueError for label counts below 0, where reading them costs nothing."""
+    valid = counts >= 0
+    wanted = "target must hold label counts of at least 0 (sample_weight=0 leaves a row out)"
+    if kernels.peek(valid.all()) is False:
+        negative = counts[~valid & ~counts.isnan()]
+        if negative.numel():
+            raise ValueError(f"{wanted}, got {negative[0].item():g}")
 
 
-def finish(result: Tensor, rows: Rows, reduction: str) -> Tensor:
-    """The result of a row kernel in the caller's shape."""
-    return result.squeeze(0) if rows.single and reduction == "none" else result
+def label_probabilities(target: Tensor, num_classes: int) -> Tensor:
+    """Class indices as one-hot float32 probabilities with the class dimension at 1; probabilities as they are."""
+    _checks.check_tensor("target", target)
+    _checks.check_classes(num_classes)
+    if target.is_floating_point():
+        class_dim = 0 if target.dim() == 1 else 1
+        if target.dim() == 0 or target.shape[class_dim] != num_classes:
+            raise ValueError(
+                f"target must be class indices or probabilities with {num_classes} classes in dimension "
+                f"{class_dim}, got shape {tuple(target.shape)}"
+            )
+        return target.to(kernels.working_dtype(target))
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"target must hold class indices as torch.int64 (or uint8), got {target.dtype}")
+    target = target.long()
+    check_labels(target, num_classes)
+    class_dim = min(target.dim(), 1)
+    shape = target.shape[:class_dim] + (num_classes,) + target.shape[class_dim:]
+    one_hot = torch.zeros(shape, dtype=torch.float32, device=target.device)
+    return one_hot.scatter(class_dim, target.unsqueeze(class_dim), 1.0)
+
+
+def _warn_of_probabilities(teacher_logits: Tensor) -> None:
+    """Warn of probabilities in the place of logits, where looking is free: one number tells nearly always."""
+    if teacher_logits.numel() == 0 or teacher_logits.shape[1] == 1 or not kernels.can_read(teacher_logits):
+        return
+    if not 0.0 <= teacher_logits[(0,) * teacher_logits.dim()].item() <= 1.0:
+        return
+    sums = teacher_logits.sum(1, dtype=torch.float32)
+    if bool((sums - 1.0).abs().amax() < 1e-2) and bool((teacher_logits >= 0).all()):
+        warnings.warn(
+            "teacher_logits look like probabilities: none is negative and each row sums to 1. Pass logits, or "
+            "teacher_logits=probabilities.log(), whose softmax at temperature=1 is the probabilities",
+            stacklevel=2,
+        )

@@ -7,10 +7,7 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._beta_draws import two_levels
-from softlabels.functional._beta_plain import plain_loss
-from softlabels.functional._rows import factor, finish, prepare
-from softlabels.functional._targets import label_probabilities
+from softlabels.functional._rows import Rows, label_probabilities, prepare
 
 
 def beta_smoothing_loss(
@@ -75,53 +72,56 @@ def beta_smoothing_loss(
     Reference:
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, sec. 6 and Eq. 3.
     """
-    return ranked_beta_smoothing_loss(
-        input,
-        target,
-        confidence,
-        alpha=alpha,
-        concentration=concentration,
-        generator=generator,
-        weight=weight,
-        sample_weight=sample_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
+    alpha = _checks.check_fraction("alpha", alpha)
+    concentration = _checks.check_positive("concentration", concentration, infinite=True)
+    rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
+    if confidence is not None:
+        confidence = rows.row_argument("confidence", confidence)
+    return beta_smoothing(rows, confidence, alpha, concentration, generator)
 
 
-def ranked_beta_smoothing_loss(
-    input: Tensor,
-    target: Tensor,
+def beta_smoothing(
+    rows: Rows,
     confidence: Tensor | None,
-    *,
     alpha: float,
     concentration: float,
     generator: torch.Generator | None,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
+    *,
     joint: bool = False,
+    known: kernels.Statistics | None = None,
 ) -> Tensor:
-    """Beta smoothing within this process or, if ``joint``, over the batches of all processes together."""
-    if confidence is not None and weight is None and sample_weight is None and not joint:
-        loss = plain_loss(input, target, confidence, alpha, concentration, generator, ignore_index, reduction)
-        if loss is not None:
-            return loss
-    _checks.check_fraction("alpha", alpha)
-    _checks.check_positive("concentration", concentration, infinite=True)
-    rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
-    label = two_levels(rows, confidence, alpha, concentration, generator, weight=factor(rows, reduction), joint=joint)
-    result = kernels.two_level(
-        rows.logits,
-        rows.target,
-        label.hard,
-        label.uniform,
-        rows.class_weight,
-        total=label.total,
-        reduce=reduction != "none",
-    )
-    return finish(result, rows, reduction)
+    """Beta smoothing of checked arguments: within this process or, if ``joint``, over the rows of all processes."""
+    if hasattr(rows.logits, "full_tensor"):
+        raise TypeError(
+            "input is a DTensor, and Beta smoothing ranks and draws for rows that one process can see: pass "
+            "input.full_tensor(), with the target, confidence and weights of the same rows as plain tensors"
+        )
+    draws = _draws(rows, confidence, concentration, generator, joint)
+    return smoothed(rows, (1.0 - alpha) * (1.0 - draws), known)
+
+
+def smoothed(rows: Rows, taken: kernels.Amount, known: kernels.Statistics | None = None) -> Tensor:
+    """Cross-entropy against labels of which ``taken`` goes to the K - 1 other classes."""
+    return rows.loss(*_terms(rows, taken), total=1.0, known=known)
+
+
+def _terms(rows: Rows, taken: kernels.Amount) -> tuple[kernels.Term, ...]:
+    """What the other classes get in all, as an amount that is spread over all classes, and the rest for the label."""
+    even = taken * (rows.num_classes / (rows.num_classes - 1)) if rows.num_classes > 1 else 0.0 * taken
+    even = even.to(rows.dtype) if isinstance(even, Tensor) else even
+    return rows.even(even), rows.label(1.0 - even)
+
+
+def _draws(
+    rows: Rows, confidence: Tensor | None, concentration: float, generator: torch.Generator | None, joint: bool = False
+) -> Tensor:
+    """One draw from Beta(a, 1) per row, ascending with the confidence: U ** (1 / a)."""
+    if confidence is None:
+        row_shape = rows.logits.shape[:1] + rows.logits.shape[2:]
+        uniforms = kernels.uniforms(row_shape, rows.logits.device, generator)
+    else:
+        uniforms = kernels.ascending_uniforms(confidence, rows.counted, generator, joint=joint)
+    return uniforms ** (1.0 / concentration)
 
 
 def beta_smoothing_targets(
@@ -162,10 +162,12 @@ def beta_smoothing_targets(
     Reference:
         Zhang & Sabuncu (2020), sec. 6.
     """
-    _checks.check_fraction("alpha", alpha)
-    _checks.check_positive("concentration", concentration, infinite=True)
+    alpha = _checks.check_fraction("alpha", alpha)
+    concentration = _checks.check_positive("concentration", concentration, infinite=True)
     probabilities = label_probabilities(target, num_classes)
-    rows = prepare(probabilities, probabilities, None, None, -100, "none")
-    label = two_levels(rows, confidence, alpha, concentration, generator)
-    soft = kernels.column(label.uniform) + kernels.column(label.hard) * rows.target
+    rows = prepare(probabilities, probabilities)
+    if confidence is not None:
+        confidence = rows.row_argument("confidence", confidence)
+    draws = _draws(rows, confidence, concentration, generator)
+    soft = rows.soft_label(*_terms(rows, (1.0 - alpha) * (1.0 - draws)))
     return soft.squeeze(0) if rows.single else soft

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import factor, finish, prepare
+from softlabels.functional._rows import Rows, prepare
 
 
 def confidence_penalty_loss(
@@ -59,14 +59,11 @@ def confidence_penalty_loss(
         second sum carries a stray 1/n; this is the per-sample form). Pereyra et al., *Regularizing Neural
         Networks by Penalizing Confident Output Distributions*, 2017.
     """
-    _checks.check_non_negative("beta", beta)
-    rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
-    result = kernels.confidence_penalty(
-        rows.logits,
-        rows.target,
-        beta,
-        rows.class_weight,
-        weight=factor(rows, reduction),
-        reduce=reduction != "none",
-    )
-    return finish(result, rows, reduction)
+    beta = _checks.check_non_negative("beta", beta)
+    return confidence_penalty(prepare(input, target, weight, sample_weight, ignore_index, reduction), beta)
+
+
+def confidence_penalty(rows: Rows, beta: float) -> Tensor:
+    """L_PU of checked arguments."""
+    reduce = rows.reduction != "none"
+    return rows.finish(kernels.confidence_penalty(rows.label(1.0), rows.weight(), beta, rows.logits, reduce))

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import Rows, factor, finish, prepare
-from softlabels.functional._targets import label_probabilities
+from softlabels.functional._rows import Rows, check_counts, label_probabilities, prepare
 
 SAMPLE_WEIGHTINGS = ("normalized", "exact", "none")
+MIN_LOG_PROBABILITY = -87.0  # float32 holds exp(-87); a class of less has no probability, as if its logit were -inf
 MAX_LOG_STRENGTH = 60.0  # exp(60) = 1e26: rows of such weight still sum and differentiate in float32
 
 
@@ -46,7 +46,8 @@ def dirichlet_map_loss(
     - ``"normalized"``: $s_i \propto \sum_j \exp((f_{ij} - \bar f_i) / T)$ with $\bar f_i$ the row's mean logit,
       scaled to mean 1 over the kept rows of the batch. It depends on the teacher's predictions alone: adding any
       constant to any row changes nothing. Where the rows of $f$ sum to zero, as those of a trained softmax layer
-      nearly do, this is $S_i / \operatorname{mean}(S)$. A teacher logit of -inf is left out of the row's mean.
+      nearly do, this is $S_i / \operatorname{mean}(S)$. The row's mean is taken over the classes that have a probability
+      in float32, $\log q_{ij} > -87$: teachers masked with -inf, or with a large negative number, are alike.
     - ``"none"``: $s_i = 1$. With $\gamma = 1$ this is $1 + \beta$ times
       [`self_distillation_loss`][softlabels.functional.self_distillation_loss] with $\alpha = 1 / (1 + \beta)$.
       It too depends on the teacher's predictions alone.
@@ -90,23 +91,27 @@ def dirichlet_map_loss(
     Reference:
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, Eq. 6-9 and App. 9.7.
     """
-    _check_options(beta, temperature, gamma, sample_weighting)
+    beta, temperature, gamma = _check_options(beta, temperature, gamma, sample_weighting)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction, counts=True)
+    return dirichlet_map(rows, teacher_logits, beta, temperature, gamma, sample_weighting)
+
+
+def dirichlet_map(
+    rows: Rows, teacher_logits: Tensor, beta: float, temperature: float, gamma: float, sample_weighting: str
+) -> Tensor:
+    """Eq. 6 with the prior of Eq. 8 in the form of Eq. 9, of checked arguments."""
+    return rows.loss(*_terms(rows, teacher_logits, beta, temperature, gamma, sample_weighting))
+
+
+def _terms(
+    rows: Rows, teacher_logits: Tensor, beta: float, temperature: float, gamma: float, sample_weighting: str
+) -> tuple[kernels.Term, ...]:
+    """[beta s q + gamma - 1]_+ and the label counts."""
     teacher_logits = rows.teacher_argument(teacher_logits)
-    row_factor = factor(rows, reduction)
-    result = kernels.teacher(
-        rows.logits,
-        rows.target,
-        teacher_logits,
-        row_factor,
-        _soft_weight(rows, teacher_logits, beta, temperature, sample_weighting),
-        rows.class_weight,
-        shift=float(gamma - 1.0),
-        weight=row_factor,
-        temperature=temperature,
-        reduce=reduction != "none",
-    )
-    return finish(result, rows, reduction)
+    amount: kernels.Amount = beta
+    if beta > 0 and sample_weighting != "none":
+        amount = beta * _sample_weights(rows, teacher_logits, temperature, sample_weighting)
+    return rows.prediction(amount, teacher_logits, temperature, shift=gamma - 1.0), rows.label(1.0)
 
 
 def dirichlet_map_targets(
@@ -150,56 +155,53 @@ def dirichlet_map_targets(
     Reference:
         Zhang & Sabuncu (2020), sec. 5: the closed form of the MAP estimate.
     """
-    _check_options(beta, temperature, gamma, sample_weighting)
+    beta, temperature, gamma = _check_options(beta, temperature, gamma, sample_weighting)
     _checks.check_input(teacher_logits, "teacher_logits")
     if isinstance(target, Tensor) and target.shape == teacher_logits.shape:
         target = target.to(kernels.working_dtype(teacher_logits))
+        check_counts(target)
     num_classes = teacher_logits.shape[0 if teacher_logits.dim() == 1 else 1]
-    rows = prepare(teacher_logits, label_probabilities(target, num_classes), None, None, -100, "none")
-    teacher_logits = rows.teacher_argument(teacher_logits)
-    prior = kernels.teacher_probabilities(teacher_logits, temperature, None, rows.target.dtype)
-    soft = _soft_weight(rows, teacher_logits, beta, temperature, sample_weighting)
-    strength = soft.unsqueeze(1) if isinstance(soft, Tensor) else soft
-    mass = rows.target + (strength * prior + (gamma - 1.0)).clamp_min(0.0)
+    rows = prepare(teacher_logits, label_probabilities(target, num_classes))
+    mass = rows.soft_label(*_terms(rows, teacher_logits, beta, temperature, gamma, sample_weighting))
     row_weight = mass.sum(1)
     soft_label = mass / torch.where(row_weight == 0, 1.0, row_weight).unsqueeze(1)
     return (soft_label.squeeze(0), row_weight.squeeze(0)) if rows.single else (soft_label, row_weight)
 
 
-def _check_options(beta: float, temperature: float, gamma: float, sample_weighting: str) -> None:
-    _checks.check_non_negative("beta", beta)
-    _checks.check_positive("temperature", temperature)
-    _checks.check_non_negative("gamma", gamma)
-    _checks.check_choice("sample_weighting", sample_weighting, SAMPLE_WEIGHTINGS)
+def check_sample_weighting(name: str, value: object) -> object:
+    """``sample_weighting`` is one that there is."""
+    return _checks.check_choice(name, value, SAMPLE_WEIGHTINGS)
 
 
-def _soft_weight(
-    rows: Rows, teacher_logits: Tensor, beta: float, temperature: float, sample_weighting: str
-) -> float | Tensor:
-    """beta * s_i of Eq. 9, row-shaped."""
-    if sample_weighting == "none" or beta == 0:
-        return beta
-    scaled = teacher_logits.to(kernels.working_dtype(rows.logits)) / temperature
+def _check_options(
+    beta: float, temperature: float, gamma: float, sample_weighting: str
+) -> tuple[float, float, float]:
+    check_sample_weighting("sample_weighting", sample_weighting)
+    beta, gamma = _checks.check_non_negative("beta", beta), _checks.check_non_negative("gamma", gamma)
+    return beta, _checks.check_positive("temperature", temperature), gamma
+
+
+def _sample_weights(rows: Rows, teacher_logits: Tensor, temperature: float, sample_weighting: str) -> Tensor:
+    """s_i of Eq. 9, row-shaped; 0 for rows that do not count."""
+    scaled = teacher_logits.to(rows.dtype) / temperature
+    counted = rows.counted
+    log_sum = scaled.logsumexp(1)
     if sample_weighting == "exact":
-        return beta * _bounded_exp(scaled.logsumexp(1), rows)
-    possible = scaled > -torch.inf
-    centre = torch.where(possible, scaled, 0.0).sum(1) / possible.sum(1)
-    log_strength = scaled.logsumexp(1) - centre
-    if rows.kept is not None:
-        log_strength = log_strength.masked_fill(~rows.kept, -torch.inf)
-        count = rows.kept.sum().to(scaled.dtype)
-    else:
-        count = scaled.new_full((), log_strength.numel())
-    log_mean = log_strength.flatten().logsumexp(0) - count.log()
-    return beta * torch.where(log_strength > -torch.inf, (log_strength - log_mean).exp(), 0.0)
+        return _bounded_exp(log_sum if counted is None else torch.where(counted, log_sum, 0.0))
+    has_probability = scaled - log_sum.unsqueeze(1) > MIN_LOG_PROBABILITY
+    centre = torch.where(has_probability, scaled, 0.0).sum(1) / has_probability.sum(1)
+    log_strength = log_sum - centre
+    if counted is None:
+        return (log_strength - log_strength.flatten().logsumexp(0)).exp() * log_strength.numel()
+    log_strength = log_strength.masked_fill(~counted, -torch.inf)
+    strength = (log_strength - log_strength.flatten().logsumexp(0)).exp() * counted.sum()
+    return torch.where(counted, strength, 0.0)
 
 
-def _bounded_exp(log_strength: Tensor, rows: Rows) -> Tensor:
+def _bounded_exp(log_strength: Tensor) -> Tensor:
     """exp of the exact log-strengths: an error where they overflow and can be looked at, a bound elsewhere."""
     limit = MAX_LOG_STRENGTH * (10.0 if log_strength.dtype == torch.float64 else 1.0)
-    if rows.kept is not None:
-        log_strength = torch.where(rows.kept, log_strength, 0.0)
-    if _checks.peek((log_strength > limit).any()):
+    if kernels.peek((log_strength > limit).any()):
         raise ValueError(
             f"teacher_logits are too large for sample_weighting='exact': a row's sum of exp(teacher_logits / "
             f"temperature) reaches exp({log_strength.max().item():.4g}), and more than exp({limit:g}) overflows in "

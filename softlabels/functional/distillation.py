@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import Rows, factor, finish, prepare
-from softlabels.functional._targets import label_probabilities
-from softlabels.functional._two_level import uniform_prior_loss
+from softlabels.functional._rows import Rows, label_probabilities, prepare
 
 
 def self_distillation_loss(
@@ -68,16 +65,30 @@ def self_distillation_loss(
     Reference:
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, Eq. 3 and App. 9.2.
     """
-    _checks.check_fraction("alpha", alpha)
-    _checks.check_positive("temperature", temperature)
+    alpha = _checks.check_fraction("alpha", alpha)
+    temperature = _checks.check_positive("temperature", temperature)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
-    teacher_logits = rows.teacher_argument(teacher_logits)
-    if not scale_student:
-        return _mixture(rows, rows.logits, teacher_logits, alpha, 1 - alpha, reduction, temperature=temperature)
-    hard = uniform_prior_loss(rows, alpha, 0.0, reduction)
-    scaled = rows.logits.to(kernels.working_dtype(rows.logits)) / temperature
+    return self_distillation(rows, teacher_logits, alpha, temperature, scale_student)
+
+
+def self_distillation(
+    rows: Rows, teacher_logits: Tensor, alpha: float, temperature: float, scale_student: bool = False, prune: float = 0.0
+) -> Tensor:
+    """Eq. 3 of checked arguments, with the teacher's surest classes alone if ``prune`` (App. 9.7)."""
+    teacher = rows.teacher_argument(teacher_logits)
+    keep = kept_classes(prune, rows.num_classes)
+    if not scale_student or alpha == 1:
+        return rows.loss(*_mixture(rows, teacher, alpha, temperature, keep), total=1.0)
+    scaled = rows._replace(logits=rows.logits.to(rows.dtype) / temperature)
     soft = (1 - alpha) * temperature**2
-    return hard + _mixture(rows, scaled, teacher_logits, 0.0, soft, reduction, temperature=temperature)
+    return rows.loss(rows.label(alpha)) + scaled.loss(scaled.prediction(soft, teacher, temperature, keep))
+
+
+def _mixture(
+    rows: Rows, teacher_logits: Tensor, alpha: float, temperature: float, keep: int
+) -> tuple[kernels.Term, ...]:
+    """1 - alpha of the teacher's prediction and alpha of the label."""
+    return rows.prediction(1.0 - alpha, teacher_logits, temperature, keep), rows.label(alpha)
 
 
 def pruned_distillation_loss(
@@ -132,35 +143,20 @@ def pruned_distillation_loss(
     Reference:
         Zhang & Sabuncu (2020), App. 9.7.
     """
-    _checks.check_fraction("alpha", alpha)
-    _checks.check_positive("temperature", temperature)
+    alpha = _checks.check_fraction("alpha", alpha)
+    temperature = _checks.check_positive("temperature", temperature)
+    prune = check_prune("prune", prune)
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
-    keep = kept_classes(prune, rows.num_classes)
-    teacher_logits = rows.teacher_argument(teacher_logits)
-    return _mixture(rows, rows.logits, teacher_logits, alpha, 1 - alpha, reduction, temperature=temperature, keep=keep)
+    return self_distillation(rows, teacher_logits, alpha, temperature, prune=prune)
 
 
-def _mixture(
-    rows: Rows, logits: Tensor, teacher_logits: Tensor, hard: float, soft: float, reduction: str, **options: Any
-) -> Tensor:
-    """Cross-entropy against ``hard`` times the label plus ``soft`` times the teacher's softmax."""
-    weight = factor(rows, reduction)
-    result = kernels.teacher(
-        logits,
-        rows.target,
-        teacher_logits,
-        kernels.times(weight, hard),
-        kernels.times(weight, soft),
-        rows.class_weight,
-        reduce=reduction != "none",
-        **options,
-    )
-    return finish(result, rows, reduction)
+def check_prune(name: str, value: object) -> float:
+    """``prune`` leaves at least one class."""
+    return _checks.check_number(name, value, low=0.0, high=1.0, high_open=True)
 
 
 def kept_classes(prune: float, num_classes: int) -> int:
     """K - floor(prune * K), where products like 0.29 * 100 = 28.999... count as the whole number they mean."""
-    _checks.check_number("prune", prune, low=0.0, high=1.0, high_open=True)
     return max(num_classes - math.floor(prune * num_classes + 1e-9), 1)
 
 
@@ -198,13 +194,12 @@ def distillation_targets(
     Reference:
         Zhang & Sabuncu (2020), Eq. 3 and App. 9.7.
     """
-    _checks.check_fraction("alpha", alpha)
-    _checks.check_positive("temperature", temperature)
+    alpha = _checks.check_fraction("alpha", alpha)
+    temperature = _checks.check_positive("temperature", temperature)
+    prune = check_prune("prune", prune)
     _checks.check_input(teacher_logits, "teacher_logits")
-    class_dim = 0 if teacher_logits.dim() == 1 else 1
-    num_classes = teacher_logits.shape[class_dim]
-    rows = prepare(teacher_logits, label_probabilities(target, num_classes), None, None, -100, "none")
+    num_classes = teacher_logits.shape[0 if teacher_logits.dim() == 1 else 1]
+    rows = prepare(teacher_logits, label_probabilities(target, num_classes))
     keep = kept_classes(prune, num_classes)
-    prior = kernels.teacher_probabilities(rows.teacher_argument(teacher_logits), temperature, keep, rows.target.dtype)
-    soft = alpha * rows.target + (1 - alpha) * prior
+    soft = rows.soft_label(*_mixture(rows, rows.teacher_argument(teacher_logits), alpha, temperature, keep))
     return soft.squeeze(0) if rows.single else soft

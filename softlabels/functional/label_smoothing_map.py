@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from softlabels.functional import _checks
-from softlabels.functional._rows import prepare
-from softlabels.functional._two_level import uniform_prior_loss
+from softlabels.functional._rows import Rows, prepare
 
 
 def label_smoothing_map_loss(
@@ -24,7 +23,8 @@ def label_smoothing_map_loss(
     $$\ell_i = -\log p_{i,y_i} - \frac{\beta}{K} \sum_c \log p_{ic}, \qquad p = \mathrm{softmax}(\mathtt{input}).$$
 
     This is $1 + \beta$ times ``torch.nn.functional.cross_entropy`` with
-    ``label_smoothing = beta / (1 + beta)``.
+    ``label_smoothing = beta / (1 + beta)``. A class whose logit is -inf is impossible: the prior is spread over the
+    other classes of the row (torch's loss is infinite there).
 
     Args:
         input: Logits of shape (K), (N, K) or (N, K, d1, ...), any floating dtype. Half-precision logits are worked
@@ -56,6 +56,10 @@ def label_smoothing_map_loss(
     Reference:
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, Eq. 7 and App. 9.1.
     """
-    _checks.check_non_negative("beta", beta)
-    rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
-    return uniform_prior_loss(rows, 1.0, beta / max(rows.num_classes, 1), reduction)  # K = 0 is for torch to report
+    beta = _checks.check_non_negative("beta", beta)
+    return label_smoothing_map(prepare(input, target, weight, sample_weight, ignore_index, reduction), beta)
+
+
+def label_smoothing_map(rows: Rows, beta: float) -> Tensor:
+    """Eq. 7 of checked arguments."""
+    return rows.loss(rows.even(beta), rows.label(1.0), total=1.0 + beta)

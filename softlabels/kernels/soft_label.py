@@ -1,27 +1,35 @@
-"""The soft labels of the row kernels, kept apart as a share of the label and a rest, so that none need be built.
+"""A soft label is a sum of terms, and a term answers three questions about a block of rows.
 
-For every row t_c = hard w_c y_c + rest_c, with y the label and w the class weights. Row coefficients are numbers or
-row-shaped tensors of any sign: the kernels give sum_c t_c log p_c, and a loss comes of negative coefficients.
+Rows are (N, K) or (N, K, d1, ...), classes in dimension 1; *row-shaped* is (N, d1, ...). For logits x of which any
+constant of the row may have been subtracted, a term t says
 
-Where a coefficient is 0, what it multiplies counts for nothing, be it nan or infinite. To see to that takes more passes
-over memory, so it is done on demand (``careful``), by those who found a nan or cannot look for one.
+- ``mass(x)``: sum_c t_c, a number or row-shaped;
+- ``inner(x)``: sum_c t_c x_c, row-shaped;
+- ``add_to(g, factor, scale)``: scale g + factor t.
+
+With l the row's log-sum-exp and m the mass of all terms, the cross-entropy is m l - inner(x) and its gradient
+m softmax(x) - t. A new soft label is one more class of this file.
+
+Amounts and factors are numbers or row-shaped. Two options cost passes over memory, so callers ask for them:
+``possible`` marks the classes whose logit is not -inf, over which even shares are spread and outside of which an amount
+of 0 counts for nothing (0 * log 0 = 0); ``in_place`` lets ``add_to`` write into g.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from softlabels.kernels.plain import can_be_numpy, to_numpy
+from softlabels.kernels.ordering import prune
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Coefficient = float | Tensor
+Amount = float | Tensor
 
 
 def working_dtype(logits: Tensor) -> torch.dtype:
@@ -29,264 +37,369 @@ def working_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def is_number(coefficient: Coefficient, number: float) -> bool:
-    """Whether a coefficient is that number for all rows, and known to be so without looking at a tensor."""
-    return not isinstance(coefficient, Tensor) and coefficient == number
+def column(amount: Amount) -> Amount:
+    """Let row-shaped amounts broadcast over the classes."""
+    return amount.unsqueeze(1) if isinstance(amount, Tensor) and amount.dim() else amount
 
 
-def times(a: Coefficient, b: Coefficient) -> Coefficient:
-    """a * b, for which the numbers 0 and 1 need no arithmetic."""
-    if is_number(a, 0.0) or is_number(b, 1.0):
-        return a
-    return b if is_number(a, 1.0) or is_number(b, 0.0) else a * b
+def product(amount: Amount, value: Tensor) -> Tensor:
+    """amount * value, where an amount of 0 gives 0 whatever the value."""
+    return amount * value.masked_fill(~value.isfinite() & (amount == 0), 0.0)
 
 
-def plus(a: Coefficient, b: Coefficient) -> Coefficient:
-    """a + b, for which the number 0 needs no arithmetic."""
-    if is_number(a, 0.0):
-        return b
-    return a if is_number(b, 0.0) else a + b
+@dataclass(eq=False)
+class Term:
+    """What the terms share: an amount, and a factor per class."""
+
+    amount: Amount
+    class_weight: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all classes but the label's have the same share."""
+        return False
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether it adds nothing, known without a look at a tensor."""
+        return False
+
+    def claim(self, possible: Tensor) -> Tensor:
+        """The possible classes, and those that this term says are true: their share stays, and costs what it must."""
+        return possible
+
+    def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """sum_c t_c."""
+        return self.shares(x, possible).sum(1)
+
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """sum_c t_c x_c."""
+        shares = self.shares(x, possible)
+        return (shares * x if possible is None else product(shares, x)).sum(1)
+
+    def add_to(
+        self, g: Tensor, factor: Amount, scale: Amount = 1.0, possible: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        """Scale g + factor t."""
+        shares = self.shares(g, possible)
+        g = _scaled(g, scale, in_place)
+        if isinstance(factor, Tensor):
+            shares, factor = shares * column(factor), 1.0
+        return g.add_(shares, alpha=factor) if in_place else torch.add(g, shares, alpha=factor)
+
+    def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
+        """The shares of the classes, in a shape that broadcasts to that of ``like``."""
+        raise NotImplementedError
+
+    def weighted(self, shares: Tensor, like: Tensor) -> Tensor:
+        """Shares times the class weights."""
+        if self.class_weight is None:
+            return shares
+        return shares * self.class_weight.view(1, -1, *[1] * (like.dim() - 2))
+
+    def rows(self, chosen: slice) -> Self:
+        """The same for some rows of dimension 0."""
+        own = {name: value[chosen] for name, value in tensors(self) if name != "class_weight" and value.dim()}
+        return replace(self, **own)
 
 
-def column(coefficient: Coefficient) -> Coefficient:
-    """A row coefficient shaped to broadcast over the classes."""
-    return coefficient.unsqueeze(1) if isinstance(coefficient, Tensor) and coefficient.dim() else coefficient
+@dataclass(eq=False)
+class Label(Term):
+    """The amount, at the row's class.
+
+    Args:
+        index: Class indices in [0, K), row-shaped.
+    """
+
+    index: Tensor
+
+    @property
+    def is_even(self) -> bool:
+        """It has no other class."""
+        return True
+
+    def claim(self, possible: Tensor) -> Tensor:
+        """The row's class is meant."""
+        if torch.compiler.is_compiling():
+            return possible | self._is_label(possible)
+        index = self.index.unsqueeze(1)
+        return possible.scatter(1, index, torch.ones_like(index, dtype=torch.bool))
+
+    def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """The amount."""
+        return self.amount
+
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """amount x_y."""
+        if possible is None and is_zero(self.amount):
+            return 0.0
+        at_label = x.gather(1, self.index.unsqueeze(1)).squeeze(1)
+        return self.amount * at_label if possible is None else product(self.amount, at_label)
+
+    def add_to(
+        self, g: Tensor, factor: Amount, scale: Amount = 1.0, possible: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        """Scale g, with the amount added at the label: by a comparison where compiling, since that fuses."""
+        g = _scaled(g, scale, in_place)
+        amount, index = self.amount * factor, self.index.unsqueeze(1)
+        if torch.compiler.is_compiling():
+            return torch.where(self._is_label(g), g + column(amount), g)
+        if isinstance(amount, Tensor):
+            value = column(amount).expand(index.shape).to(g.dtype)
+            return g.scatter_add_(1, index, value) if in_place else g.scatter_add(1, index, value)
+        if is_zero(amount) and in_place:
+            return g
+        value = g.new_full((), amount).expand(index.shape)
+        return g.scatter_add_(1, index, value) if in_place else g.scatter_add(1, index, value)
+
+    def _is_label(self, like: Tensor) -> Tensor:
+        classes = torch.arange(like.shape[1], dtype=torch.int32, device=like.device)  # as many bits as a float32
+        return classes.view(1, -1, *[1] * (like.dim() - 2)) == self.index.to(torch.int32).unsqueeze(1)
 
 
-def product(coefficient: Coefficient, value: Tensor, careful: bool) -> Tensor:
-    """coefficient * value; if ``careful``, a coefficient of 0 gives 0 whatever the value."""
-    if is_number(coefficient, 1.0):
-        return value
-    if careful:
-        value = value.masked_fill(~value.isfinite() & (coefficient == 0), 0.0)
-    return coefficient * value
+@dataclass(eq=False)
+class Even(Term):
+    """The amount, spread evenly over the possible classes of the row."""
+
+    @property
+    def is_even(self) -> bool:
+        """Unless the classes have weights."""
+        return self.class_weight is None
+
+    @property
+    def is_absent(self) -> bool:
+        """An amount of 0."""
+        return is_zero(self.amount)
+
+    def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """The amount, if the classes have no weights."""
+        if self.class_weight is None:
+            return self.amount
+        if possible is None:
+            return self.amount * (self.class_weight.sum() / x.shape[1])
+        return self.shares(x, possible).sum(1)
+
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """amount / K times the sum of the logits."""
+        if possible is not None:
+            return super().inner(x, possible)
+        return self.amount / x.shape[1] * self.weighted(x, x).sum(1)
+
+    def add_to(
+        self, g: Tensor, factor: Amount, scale: Amount = 1.0, possible: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        """One pass where the scale is a number."""
+        if not in_place or self.class_weight is not None or isinstance(scale, Tensor):
+            return super().add_to(g, factor, scale, possible, in_place)
+        share = self.shares(g, possible)
+        return torch.add(share * column(factor), g, alpha=scale, out=g)
+
+    def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
+        """amount / K, of which every class has one."""
+        if possible is None:
+            share = column(self.amount / max(like.shape[1], 1))
+            share = share if isinstance(share, Tensor) else like.new_full((1,) * like.dim(), share)
+            return self.weighted(share, like)
+        share = column(self.amount) / possible.sum(1, keepdim=True).clamp(min=1)
+        return self.weighted(torch.where(possible, share, 0.0).to(like.dtype), like)
+
+
+@dataclass(eq=False)
+class Given(Term):
+    """The amount times given probabilities or counts.
+
+    Args:
+        probabilities: Shaped like the logits, in the working dtype.
+    """
+
+    probabilities: Tensor
+
+    def claim(self, possible: Tensor) -> Tensor:
+        """Classes with a probability are meant."""
+        return possible | (self.probabilities > 0)
+
+    def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
+        """Amount times probabilities."""
+        if is_zero(self.amount):
+            return torch.zeros_like(self.probabilities)
+        return self.weighted(column(self.amount) * self.probabilities, like)
+
+
+@dataclass(eq=False)
+class Prediction(Term):
+    """max(amount q_c + shift, 0), with q a teacher's softmax over its surest classes at a temperature.
+
+    Args:
+        logits: The teacher's logits, shaped like the student's, in any floating dtype.
+        temperature: Divides them.
+        keep: How many classes of each row keep a probability; None is all.
+        shift: A number. Above 0 it goes to the possible classes alone.
+        largest: The row's largest logit over the temperature, where it is known.
+        log_sum: The logarithm of the sum of exponentials above it.
+    """
+
+    logits: Tensor
+    temperature: Amount = 1.0
+    keep: int | None = None
+    shift: Amount = 0.0
+    largest: Tensor | None = None
+    log_sum: Tensor | None = None
+    _q: Tensor | None = field(default=None, init=False, repr=False)
+
+    @property
+    def is_absent(self) -> bool:
+        """An amount of 0, and no positive shift."""
+        return is_zero(self.amount) and not isinstance(self.shift, Tensor) and self.shift <= 0.0
+
+    def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """The amount, where nothing is shifted or weighted."""
+        plain = self.class_weight is None and is_zero(self.shift)
+        return self.amount if plain else super().mass(x, possible)
+
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """Amount times the mean of x under q, where nothing is shifted or weighted."""
+        if possible is not None or self.class_weight is not None or not is_zero(self.shift):
+            return super().inner(x, possible)
+        return self.amount * (self.probabilities(x.dtype) * x).sum(1)
+
+    def add_to(
+        self, g: Tensor, factor: Amount, scale: Amount = 1.0, possible: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        """Without a pass for the amount, where that is a number."""
+        simple = in_place and self.class_weight is None and is_zero(self.shift)
+        if not simple or isinstance(self.amount, Tensor) or isinstance(factor, Tensor):
+            return super().add_to(g, factor, scale, possible, in_place)
+        return _scaled(g, scale, in_place).add_(self.probabilities(g.dtype), alpha=self.amount * factor)
+
+    def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
+        """max(amount q + shift, 0)."""
+        if is_zero(self.amount):
+            shares = like.new_zeros(like.shape)
+        else:
+            shares = column(self.amount) * self.probabilities(like.dtype)
+        if not is_zero(self.shift):
+            shift = like.new_zeros(()) + self.shift
+            shares = (shares + (shift if possible is None else torch.where(possible, shift, shift.clamp(max=0.0)))).relu()
+        return self.weighted(shares, like)
+
+    def probabilities(self, dtype: torch.dtype) -> Tensor:
+        """q, computed once."""
+        if self._q is None:
+            scaled = self.scaled_logits(dtype)
+            if self.largest is None or self.log_sum is None:
+                self._q = torch.softmax(scaled, 1, dtype=dtype)
+            else:
+                self._q = (scaled - self.largest.unsqueeze(1) - self.log_sum.unsqueeze(1)).exp()
+        return self._q
+
+    def normalized(self, dtype: torch.dtype) -> Prediction:
+        """The same term, with the largest logit and the log-sum of each row known."""
+        scaled = self.scaled_logits(dtype)
+        largest = scaled.amax(1)
+        return replace(self, largest=largest, log_sum=(scaled - largest.unsqueeze(1)).exp().sum(1).log())
+
+    def scaled_logits(self, dtype: torch.dtype) -> Tensor:
+        """The kept logits over the temperature."""
+        logits = self.pruned().logits.to(dtype)
+        unscaled = not isinstance(self.temperature, Tensor) and self.temperature == 1.0
+        return logits if unscaled else logits / self.temperature
+
+    def pruned(self) -> Prediction:
+        """The same term, with logits of -inf where no probability is kept."""
+        if self.keep is None:
+            return self
+        all_kept = self.keep >= self.logits.shape[1]
+        return replace(self, logits=self.logits if all_kept else prune(self.logits, self.keep), keep=None)
 
 
 @dataclass(eq=False)
 class SoftLabel:
-    """What both soft labels share: the part of the label.
+    """The sum of the terms, and how much each row counts.
 
     Args:
-        target: Class indices (N, d1, ...) in [0, K), or class probabilities y (N, K, d1, ...).
-        hard: Coefficient of the label.
-        class_weight: (K,), or None.
+        terms: The terms. Fewest passes are taken where a `Label` comes last.
+        weight: A number or row-shaped. A row of weight 0 counts for nothing, whatever its numbers.
+        total: The mass of every row, where the caller knows that it is this number.
     """
 
-    target: Tensor
-    hard: Coefficient
-    class_weight: Tensor | None
-
-    @property
-    def of_index(self) -> Coefficient:
-        """hard * w_y per row, where the label is a class index; 0 where it is class probabilities."""
-        if self.target.is_floating_point():
-            return 0.0
-        if self.class_weight is None or is_number(self.hard, 0.0):
-            return self.hard
-        return product(self.hard, self.class_weight[self.target], careful=True)
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether the rest differs between classes, so that it has the size of the logits."""
-        return self.class_weight is not None or self.target.is_floating_point()
-
-    def rest(self, careful: bool) -> Coefficient:
-        """All but the part of an index label; broadcasts over (N, K, d1, ...)."""
-        rest = self.prior(careful)
-        if self.target.is_floating_point() and not is_number(self.hard, 0.0):
-            label = self.weighted(product(column(self.hard), self.target, careful))
-            return label if is_number(rest, 0.0) else rest + label
-        return rest
-
-    def prior(self, careful: bool) -> Coefficient:
-        """The part that does not depend on the label; broadcasts over (N, K, d1, ...)."""
-        raise NotImplementedError
-
-    def mass(self, num_classes: int) -> float | None:
-        """sum_c t_c, where that is one number for all rows and needs no look at a tensor."""
-        return None
-
-    def scaled(self, factor: Tensor) -> Self:
-        """The soft label times a factor per row, or one factor for all."""
-        raise NotImplementedError
-
-    def normalized(self) -> tuple[Self, tuple[Tensor, ...]]:
-        """The same with every softmax's normalizer known, and those normalizers."""
-        return self, ()
-
-    def with_normalizer(self, normalizer: tuple[Tensor, ...]) -> Self:
-        """The same with the normalizers that [`normalized`][] gave."""
-        return self
-
-    def weighted(self, value: Coefficient) -> Coefficient:
-        """w_c times a value that broadcasts over (N, K, d1, ...)."""
-        if self.class_weight is None or is_number(value, 0.0):
-            return value
-        trailing = self.target.dim() - (2 if self.target.is_floating_point() else 1)
-        return value * self.class_weight.view(1, -1, *[1] * trailing)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All fields that are tensors, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-
-    def replace(self, fields: dict[str, Any]) -> Self:
-        """The same with some other fields; not to be traced."""
-        return type(self)(**{**vars(self), **fields})
-
-    def rows(self, chosen: slice) -> Self:
-        """The soft labels of some rows of dimension 0."""
-        return self.replace(
-            {name: t[chosen] for name, t in self.tensors().items() if name != "class_weight" and t.dim()}
-        )
-
-
-@dataclass(eq=False)
-class TwoLevel(SoftLabel):
-    """t_c = w_c (hard y_c + uniform).
-
-    Args:
-        uniform: Coefficient of all classes.
-        total: hard + K uniform, where the caller knows it to be one number.
-    """
-
-    uniform: Coefficient
+    terms: Sequence[Term]
+    weight: Amount
     total: float | None = None
 
-    def prior(self, careful: bool) -> Coefficient:
-        """w_c uniform."""
-        return self.weighted(column(self.uniform))
-
-    def mass(self, num_classes: int) -> float | None:
-        """hard + K uniform."""
-        if self.is_spread:
-            return None
-        if isinstance(self.hard, Tensor) or isinstance(self.uniform, Tensor):
-            return self.total
-        return self.hard + num_classes * self.uniform
-
-    def scaled(self, factor: Tensor) -> TwoLevel:
-        """Scale both coefficients."""
-        return TwoLevel(self.target, times(factor, self.hard), self.class_weight, times(factor, self.uniform))
-
-
-@dataclass(eq=False)
-class Teacher(SoftLabel):
-    """t_c = w_c (hard y_c + weight max(soft q_c + shift, 0)), q the teacher's softmax over its surest classes.
-
-    Args:
-        teacher_logits: Shaped like the logits of the student, in any floating dtype.
-        soft: Coefficient of q.
-        shift: A number.
-        weight: Coefficient of all that is not the label's.
-        temperature: Divides the teacher's logits.
-        keep: How many classes of each row are kept; None keeps all.
-        dtype: The working dtype.
-        normalizer: The largest logit of each row over the temperature and the logarithm of the sum of
-            exponentials above it, where they are known.
-    """
-
-    teacher_logits: Tensor
-    soft: Coefficient
-    shift: Coefficient
-    weight: Coefficient
-    temperature: Coefficient
-    keep: int | None
-    dtype: torch.dtype
-    normalizer: tuple[Tensor, ...] = ()
-
     @property
-    def is_spread(self) -> bool:
-        """A teacher's prediction is."""
-        return True
+    def is_even(self) -> bool:
+        """Whether in every row all classes but the label's have the same share."""
+        return all(term.is_even for term in self.terms)
 
-    def prior(self, careful: bool) -> Coefficient:
-        """w_c weight max(soft q_c + shift, 0)."""
-        if is_number(self.shift, 0.0):
-            soft = times(self.weight, self.soft)
-            if careful and isinstance(self.soft, Tensor) and isinstance(self.weight, Tensor):
-                soft = product(self.weight, self.soft, careful)
-            return soft if is_number(soft, 0.0) else self.weighted(product(column(soft), self._softmax(), careful))
-        prior = (product(column(self.soft), self._softmax(), careful) + self.shift).clamp_min(0.0)
-        return self.weighted(product(column(self.weight), prior, careful))
+    def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """sum_c t_c of all terms, without the weight."""
+        if self.total is not None:
+            return self.total
+        return _total(term.mass(x, possible) for term in self.terms)
 
-    def mass(self, num_classes: int) -> float | None:
-        """hard + weight soft, where nothing is shifted."""
-        soft = times(self.weight, self.soft)
-        if super().is_spread or not is_number(self.shift, 0.0):
-            return None
-        return None if isinstance(soft, Tensor) or isinstance(self.hard, Tensor) else self.hard + soft
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """sum_c t_c x_c of all terms, without the weight."""
+        return _total(term.inner(x, possible) for term in self.terms)
 
-    def scaled(self, factor: Tensor) -> Teacher:
-        """Scale the label's coefficient and the weight of the rest."""
-        return self._with(times(factor, self.hard), times(factor, self.weight), self.normalizer)
+    def add_to(
+        self, g: Tensor, factor: Amount, scale: Amount = 1.0, possible: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        """Scale g + factor t."""
+        for term in self.terms:
+            g, scale = term.add_to(g, factor, scale, possible, in_place), 1.0
+        return g
 
-    def normalized(self) -> tuple[Teacher, tuple[Tensor, ...]]:
-        """The same with the largest logit and the sum of exponentials of each row known; all classes are kept."""
-        if is_number(self.shift, 0.0) and is_number(times(self.weight, self.soft), 0.0):
-            return self, ()
-        scaled = self._scaled()
-        largest = scaled.amax(1)
-        normalizer = largest, (scaled - largest.unsqueeze(1)).exp().sum(1).log()
-        return self.with_normalizer(normalizer), normalizer
+    def possible(self, logits: Tensor) -> Tensor:
+        """Classes that can have a share: those whose logit is not -inf, and those that a label says are true."""
+        possible = logits != -torch.inf
+        for term in self.terms:
+            possible = term.claim(possible)
+        return possible
 
-    def with_normalizer(self, normalizer: tuple[Tensor, ...]) -> Teacher:
-        """The same with known normalizers."""
-        return self._with(self.hard, self.weight, normalizer)
+    def dense(self, like: Tensor, factor: Amount = 1.0, possible: Tensor | None = None) -> Tensor:
+        """Factor t of every class, shaped like the logits."""
+        return self.add_to(like.new_zeros(()).expand(like.shape), factor, possible=possible)
 
-    def _with(self, hard: Coefficient, weight: Coefficient, normalizer: tuple[Tensor, ...]) -> Teacher:
-        return Teacher(
-            self.target,
-            hard,
-            self.class_weight,
-            self.teacher_logits,
-            self.soft,
-            self.shift,
-            weight,
-            self.temperature,
-            self.keep,
-            self.dtype,
-            normalizer,
-        )
+    def rows(self, chosen: slice) -> SoftLabel:
+        """The soft labels of some rows of dimension 0."""
+        weight = self.weight[chosen] if isinstance(self.weight, Tensor) and self.weight.dim() else self.weight
+        return replace(self, terms=[term.rows(chosen) for term in self.terms], weight=weight)
 
-    def _softmax(self) -> Tensor:
-        if self.normalizer:
-            largest, log_sum = self.normalizer
-            return (self._scaled() - largest.unsqueeze(1) - log_sum.unsqueeze(1)).exp()
-        return teacher_probabilities(self.teacher_logits, self.temperature, self.keep, self.dtype)
+    def scaled(self, factor: Tensor) -> SoftLabel:
+        """The same, every row counting ``factor`` times as much."""
+        return replace(self, weight=self.weight * factor)
 
-    def _scaled(self) -> Tensor:
-        logits = self.teacher_logits.to(self.dtype)
-        return logits if is_number(self.temperature, 1.0) else logits / self.temperature
+    def tensors(self) -> list[Tensor]:
+        """Every tensor in it, in a fixed order."""
+        own = [self.weight] if isinstance(self.weight, Tensor) else []
+        return [tensor for term in self.terms for _, tensor in tensors(term)] + own
+
+    def with_tensors(self, values: Sequence[Tensor]) -> SoftLabel:
+        """The same with other tensors, in the order of [`tensors`][]."""
+        given = iter(values)
+        terms = [replace(term, **{name: next(given) for name, _ in tensors(term)}) for term in self.terms]
+        weight = next(given) if isinstance(self.weight, Tensor) else self.weight
+        return replace(self, terms=terms, weight=weight)
 
 
-def teacher_probabilities(
-    teacher_logits: Tensor, temperature: Coefficient, keep: int | None, dtype: torch.dtype
-) -> Tensor:
-    """softmax(teacher_logits / temperature) over the ``keep`` surest classes of each row (None: over all)."""
-    if keep is not None and keep < teacher_logits.shape[1]:
-        teacher_logits = prune(teacher_logits, keep)
-    if not is_number(temperature, 1.0):
-        teacher_logits = teacher_logits.to(dtype) / temperature
-    return torch.softmax(teacher_logits, 1, dtype=dtype)
+def tensors(term: Term) -> list[tuple[str, Tensor]]:
+    """The fields of a term that are tensors."""
+    return [(name, value) for name, value in vars(term).items() if isinstance(value, Tensor) and name != "_q"]
 
 
-def prune(teacher_logits: Tensor, keep: int) -> Tensor:
-    """-inf for all but the ``keep`` largest logits of each row; among equal ones the lower class index is kept."""
-    threshold = _largest(teacher_logits, keep)
-    pruned = ~(teacher_logits >= threshold)
-    if not can_be_numpy(teacher_logits) or np.any(
-        np.count_nonzero(pruned.numpy(), axis=1) < teacher_logits.shape[1] - keep
-    ):  # equal ones
-        level = teacher_logits == threshold
-        room = keep - (teacher_logits > threshold).sum(1, keepdim=True)
-        pruned |= level & (level.cumsum(1) > room)
-    return teacher_logits.masked_fill(pruned, -torch.inf)
+def is_zero(amount: Amount) -> bool:
+    """Whether an amount is the number 0, told without a look at a tensor."""
+    return not isinstance(amount, Tensor) and amount == 0.0
 
 
-def _largest(values: Tensor, rank: int) -> Tensor:
-    """The ``rank``-th largest number of each row, without a sort of the row; the class dimension stays, of size 1."""
-    if not can_be_numpy(values):
-        return values.topk(rank, dim=1, sorted=False).values.amin(1, keepdim=True)
-    place = values.shape[1] - rank
-    chosen = np.partition(to_numpy(values), place, axis=1)[:, place : place + 1]  # a quarter of the time of topk
-    return torch.from_numpy(np.ascontiguousarray(chosen)).to(values.dtype)
+def _total(amounts: Iterator[Any]) -> Any:
+    first = next(amounts)
+    for amount in amounts:
+        first = first + amount
+    return first
+
+
+def _scaled(g: Tensor, scale: Amount, in_place: bool) -> Tensor:
+    if not isinstance(scale, Tensor) and scale == 1.0:
+        return g
+    return g.mul_(column(scale)) if in_place else g * column(scale)

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -141,11 +140,6 @@ class AttachableLoss(SoftLabelLoss):
         """Release the inputs of the model's latest pass: this call needs no teacher."""
         if self._attachment is not None:
             self._attachment.forget()
-
-    @property
-    def in_training(self) -> bool:
-        """Whether the loss acts on the batch: in training mode with grad enabled."""
-        return self.training and torch.is_grad_enabled()
 
     def _warn_missing(self, what: str, consequence: str) -> None:
         warnings.warn(f"the checkpoint has no {what} for {type(self).__name__}; {consequence}", stacklevel=2)

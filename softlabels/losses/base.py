@@ -1,37 +1,58 @@
-"""What all losses share: the options of nn.CrossEntropyLoss, checked once, and a repr that shows them."""
+"""What all losses share: the options of nn.CrossEntropyLoss, checked whenever they are set, and a repr that shows them."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from softlabels.functional import _checks
+from softlabels.functional._rows import Rows, prepare
 
 
 class SoftLabelLoss(nn.Module):
     """Base of the losses: ``weight``, ``ignore_index`` and ``reduction`` as in nn.CrossEntropyLoss."""
 
     weight: Tensor | None
-    options: ClassVar[tuple[str, ...]] = ()  # names of the loss's own options, in the order of the signature
+    options: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}  # each of the loss's own options, and its check
 
     def __init__(self, weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__()
         _checks.check_class_weight(weight)
-        _checks.check_ignore_index(ignore_index)
-        _checks.check_reduction(reduction)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
 
-    def common(self, sample_weight: Tensor | None) -> dict[str, Any]:
-        """Keyword arguments that every functional loss takes."""
-        return {
-            "weight": self.weight,
-            "sample_weight": sample_weight,
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-        }
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check an option, in the constructor as later."""
+        check = self.options.get(name) or _COMMON.get(name)
+        super().__setattr__(name, value if check is None else check(name, value))
+
+    def rows(self, input: Tensor, target: Tensor, sample_weight: Tensor | None, *, counts: bool = False) -> Rows:
+        """Check the arguments of a call."""
+        return prepare(
+            input, target, self.weight, sample_weight, self.ignore_index, self.reduction, counts=counts
+        )
+
+    @property
+    def in_training(self) -> bool:
+        """Whether the loss acts on the batch: in training mode with grad enabled.
+
+        Raises:
+            RuntimeError: grad is disabled because a reentrant activation checkpoint runs the forward pass: the value
+                would be that of evaluation, and the recomputation would train something else.
+        """
+        if self.training and not torch.is_grad_enabled() and _is_checkpointed():
+            raise RuntimeError(
+                f"{type(self).__name__} is called inside torch.utils.checkpoint with use_reentrant=True, where it "
+                "cannot tell training from evaluation; call the loss outside of the checkpointed function, or use "
+                "use_reentrant=False"
+            )
+        return self.training and torch.is_grad_enabled()
 
     def extra_repr(self) -> str:
         """Show the options that are set."""
@@ -44,3 +65,26 @@ class SoftLabelLoss(nn.Module):
         if self.reduction != "mean":
             parts.append(f"reduction={self.reduction!r}")
         return ", ".join(parts)
+
+
+_COMMON: dict[str, Callable[[str, Any], Any]] = {
+    "ignore_index": lambda _, value: _checks.check_ignore_index(value),
+    "reduction": lambda _, value: _checks.check_reduction(value),
+}
+
+
+def runs_twice() -> bool:
+    """Whether an activation checkpoint records what runs now, to run it again in the backward pass."""
+    if torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+
+
+def _is_checkpointed() -> bool:
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False

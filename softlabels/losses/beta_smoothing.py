@@ -7,18 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softlabels import tuning
+from softlabels import kernels, tuning
 from softlabels.functional import _checks
-from softlabels.functional._rows import check_labels
-from softlabels.functional._two_level import two_level_loss
-from softlabels.functional.beta_smoothing import ranked_beta_smoothing_loss
+from softlabels.functional._rows import Rows
+from softlabels.functional.beta_smoothing import beta_smoothing, smoothed
 from softlabels.losses.attachable import AttachableLoss
+from softlabels.losses.base import runs_twice
 from softlabels.ranking import PredictionHistory, log_odds
 from softlabels.ranking.scores import RANK_BY
 from softlabels.teachers import EMATeacher
 
 GENERATOR = "generator_state"
 RANKINGS = ("ema", "history", "batch", "random")
+
+
+def _check_concentration(name: str, value: object) -> object:
+    return None if value is None else _checks.check_positive(name, value, infinite=True)
+
+
+def _check_num_samples(name: str, value: object) -> object:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name} must be the size of the training set, which ranking='history' needs, got {value!r}")
+    return value
+
+
+def _check_generator(name: str, value: object) -> object:
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"{name} must be a torch.Generator or None, got {value!r}")
+    return value
 
 
 class BetaSmoothingLoss(AttachableLoss):
@@ -84,17 +100,17 @@ class BetaSmoothingLoss(AttachableLoss):
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, sec. 6.
     """
 
-    options = (
-        "label_smoothing",
-        "alpha",
-        "concentration",
-        "ranking",
-        "rank_by",
-        "ema_decay",
-        "num_samples",
-        "global_ranking",
-        "generator",
-    )
+    options = {  # noqa: RUF012
+        "label_smoothing": lambda name, value: _checks.check_number(name, value, low=0.0, high=1.0, high_open=True),
+        "alpha": _checks.check_fraction,
+        "concentration": _check_concentration,
+        "ranking": lambda name, value: _checks.check_choice(name, value, RANKINGS),
+        "rank_by": lambda name, value: _checks.check_choice(name, value, RANK_BY),
+        "ema_decay": lambda name, value: _checks.check_number(name, value, low=0.0, high=1.0, high_open=True),
+        "num_samples": _check_num_samples,
+        "global_ranking": _checks.check_flag,
+        "generator": _check_generator,
+    }
 
     def __init__(
         self,
@@ -113,26 +129,6 @@ class BetaSmoothingLoss(AttachableLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
-        _checks.check_number("label_smoothing", label_smoothing, low=0.0, high=1.0, high_open=True)
-        _checks.check_fraction("alpha", alpha)
-        if concentration is not None:
-            _checks.check_positive("concentration", concentration, infinite=True)
-        elif alpha < 1.0 and tuning.true_class_for(label_smoothing, 2) <= alpha:
-            raise ValueError(
-                f"label_smoothing={label_smoothing} asks for a true class below alpha={alpha}, the weight that it "
-                "always has; lower one of them"
-            )
-        _checks.check_choice("ranking", ranking, RANKINGS)
-        _checks.check_choice("rank_by", rank_by, RANK_BY)
-        _checks.check_number("ema_decay", ema_decay, low=0.0, high=1.0, high_open=True)
-        whole = isinstance(num_samples, int) and not isinstance(num_samples, bool) and num_samples > 0
-        if not whole and (ranking == "history" or num_samples is not None):
-            raise ValueError(
-                f"num_samples must be the size of the training set, which ranking='history' needs, got {num_samples!r}"
-            )
-        _checks.check_flag("global_ranking", global_ranking)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         self.label_smoothing = label_smoothing
         self.alpha = alpha
         self.concentration = concentration
@@ -142,8 +138,16 @@ class BetaSmoothingLoss(AttachableLoss):
         self.num_samples = num_samples
         self.global_ranking = global_ranking
         self.generator = generator
+        if concentration is None and self.alpha < 1.0 and tuning.true_class_for(label_smoothing, 2) <= self.alpha:
+            raise ValueError(
+                f"label_smoothing={label_smoothing} asks for a true class below alpha={alpha}, the weight that it "
+                "always has; lower one of them"
+            )
         if ranking == "history":
-            assert num_samples is not None
+            if num_samples is None:
+                raise ValueError(
+                    "num_samples must be the size of the training set, which ranking='history' needs, got None"
+                )
             self.history = PredictionHistory(num_samples, ema_decay)
 
     def forward(
@@ -156,30 +160,34 @@ class BetaSmoothingLoss(AttachableLoss):
         index: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss; see the class for the arguments."""
-        _checks.check_input(input)
-        num_classes = input.shape[0 if input.dim() == 1 else 1]
-        concentration = self.concentration_for(num_classes)
-        common = self.common(sample_weight)
-        switched_off = concentration == float("inf")
-        if self.in_training and (switched_off or confidence is not None or self.ranking != "ema"):
+        rows = self.rows(input, target, sample_weight)
+        concentration = self.concentration_for(rows.num_classes)
+        in_training, switched_off = self.in_training, concentration == float("inf")
+        if in_training and (switched_off or confidence is not None or self.ranking != "ema"):
             self.forget_pass()
         if switched_off:
-            return two_level_loss(input, target, 1.0, **common)
-        if not self.in_training:
-            mean_draw = concentration / (concentration + 1.0)
-            return two_level_loss(input, target, self.alpha + (1.0 - self.alpha) * mean_draw, **common)
-        if confidence is None and self.ranking != "random":
-            _checks.check_target(input, target, self.ignore_index)
-            confidence = self._confidence(input, target, index)
-        return ranked_beta_smoothing_loss(
-            input,
-            target,
-            confidence,
-            alpha=self.alpha,
-            concentration=concentration,
-            generator=self.generator,
-            joint=self.global_ranking,
-            **common,
+            return rows.loss(rows.label(1.0), total=1.0)
+        if not in_training:
+            return smoothed(rows, (1.0 - self.alpha) / (concentration + 1.0))
+        if runs_twice() and (self.generator is not None or (confidence is None and self.ranking == "history")):
+            raise RuntimeError(
+                "BetaSmoothingLoss is called inside torch.utils.checkpoint, which calls it again in the backward pass: "
+                "a generator would draw anew then, and a history would move twice; call the loss outside of the "
+                "checkpointed function"
+            )
+        known = None
+        if confidence is not None:
+            confidence = rows.row_argument("confidence", confidence)
+        elif self.ranking == "ema":
+            teacher_logits = rows.teacher_argument(self.ask_teacher(input, "confidence"))
+            confidence = log_odds(teacher_logits, rows.target, self.rank_by)
+        elif self.ranking != "random":
+            known = rows.statistics()
+            confidence = log_odds(rows.logits, rows.target, self.rank_by, known)
+            if self.ranking == "history":
+                confidence = self._past(rows, index, confidence)
+        return beta_smoothing(
+            rows, confidence, self.alpha, concentration, self.generator, joint=self.global_ranking, known=known
         )
 
     def concentration_for(self, num_classes: int) -> float:
@@ -226,28 +234,22 @@ class BetaSmoothingLoss(AttachableLoss):
             state_dict[history] = self.history.doubt
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _confidence(self, input: Tensor, target: Tensor, index: Tensor | None) -> Tensor:
-        """Row-shaped score of the ranking that was asked for, higher for surer rows."""
-        if self.ranking == "ema":
-            return log_odds(self.ask_teacher(input, "confidence"), target, self.rank_by)
-        score = log_odds(input, target, self.rank_by)
-        if self.ranking == "batch":
-            return score
+    def _past(self, rows: Rows, index: Tensor | None, confidence: Tensor) -> Tensor:
+        """The log-odds of each sample's past confidence; the present one is averaged in."""
+        if self.num_samples is None or not hasattr(self, "history"):
+            raise RuntimeError("ranking='history' must be chosen, with num_samples, when the loss is made")
         if index is None:
             raise RuntimeError(
                 "BetaSmoothingLoss with ranking='history' needs the ids of the samples in the batch: pass index= to "
                 "the call, or confidence="
             )
-        _checks.check_like_rows("index", index, input, score.shape)
+        index = rows.row_argument("index", index)
         if index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"index must hold sample ids as torch.int64, got {index.dtype}")
-        if _checks.peek(((index < 0) | (index >= self.history.num_samples)).any()):
-            raise IndexError(
-                f"index must hold sample ids in [0, {self.history.num_samples}), got {index.min()} to {index.max()}"
-            )
-        kept = torch.ones_like(score, dtype=torch.bool)
-        if target.shape != input.shape:
-            kept = target.reshape(score.shape) != self.ignore_index
-            labels = target.reshape(score.shape).masked_fill(~kept, 0)
-            check_labels(labels, input.shape[min(input.dim() - 1, 1)], " or ignore_index")  # before anything is kept
-        return self.history.rank_and_update(index, score, kept)
+        ends = kernels.least_and_greatest(index)
+        if ends is not None and (ends[0] < 0 or ends[1] >= self.num_samples):
+            raise IndexError(f"index must hold sample ids in [0, {self.num_samples}), got {ends[0]} to {ends[1]}")
+        counted = rows.counted
+        return self.history.rank_and_update(
+            index, confidence, torch.ones_like(index, dtype=torch.bool) if counted is None else counted
+        )

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels.functional import (
-    _checks,
-    dirichlet_map_loss,
-    pruned_distillation_loss,
-    self_distillation_loss,
-)
-from softlabels.functional._two_level import two_level_loss
-from softlabels.functional.dirichlet_map import SAMPLE_WEIGHTINGS
+from softlabels.functional import _checks
+from softlabels.functional.dirichlet_map import check_sample_weighting, dirichlet_map
+from softlabels.functional.distillation import check_prune, self_distillation
 from softlabels.losses.attachable import AttachableLoss
 
 
@@ -69,7 +64,11 @@ class SelfDistillationLoss(_TeacherLoss):
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, Eq. 3 and App. 9.2.
     """
 
-    options = ("alpha", "temperature", "scale_student")
+    options = {  # noqa: RUF012
+        "alpha": _checks.check_fraction,
+        "temperature": _checks.check_positive,
+        "scale_student": _checks.check_flag,
+    }
 
     def __init__(
         self,
@@ -82,9 +81,6 @@ class SelfDistillationLoss(_TeacherLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
-        _checks.check_fraction("alpha", alpha)
-        _checks.check_positive("temperature", temperature)
-        _checks.check_flag("scale_student", scale_student)
         self.alpha = alpha
         self.temperature = temperature
         self.scale_student = scale_student
@@ -99,18 +95,10 @@ class SelfDistillationLoss(_TeacherLoss):
     ) -> Tensor:
         """Compute the loss; see the class for the arguments."""
         teacher_logits = self._teacher_logits(input, teacher_logits, needed=self.alpha < 1.0)
-        common = self.common(sample_weight)
+        rows = self.rows(input, target, sample_weight)
         if teacher_logits is None:
-            return two_level_loss(input, target, 1.0, **common)
-        return self_distillation_loss(
-            input,
-            target,
-            teacher_logits,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            scale_student=self.scale_student,
-            **common,
-        )
+            return rows.loss(rows.label(1.0), total=1.0)
+        return self_distillation(rows, teacher_logits, self.alpha, self.temperature, self.scale_student)
 
 
 class PrunedDistillationLoss(_TeacherLoss):
@@ -149,7 +137,11 @@ class PrunedDistillationLoss(_TeacherLoss):
         Zhang & Sabuncu (2020), App. 9.7.
     """
 
-    options = ("prune", "alpha", "temperature")
+    options = {  # noqa: RUF012
+        "prune": check_prune,
+        "alpha": _checks.check_fraction,
+        "temperature": _checks.check_positive,
+    }
 
     def __init__(
         self,
@@ -162,9 +154,6 @@ class PrunedDistillationLoss(_TeacherLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
-        _checks.check_number("prune", prune, low=0.0, high=1.0, high_open=True)
-        _checks.check_fraction("alpha", alpha)
-        _checks.check_positive("temperature", temperature)
         self.prune = prune
         self.alpha = alpha
         self.temperature = temperature
@@ -179,18 +168,10 @@ class PrunedDistillationLoss(_TeacherLoss):
     ) -> Tensor:
         """Compute the loss; see the class for the arguments."""
         teacher_logits = self._teacher_logits(input, teacher_logits, needed=self.alpha < 1.0)
-        common = self.common(sample_weight)
+        rows = self.rows(input, target, sample_weight)
         if teacher_logits is None:
-            return two_level_loss(input, target, 1.0, **common)
-        return pruned_distillation_loss(
-            input,
-            target,
-            teacher_logits,
-            prune=self.prune,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            **common,
-        )
+            return rows.loss(rows.label(1.0), total=1.0)
+        return self_distillation(rows, teacher_logits, self.alpha, self.temperature, prune=self.prune)
 
 
 class InstanceDirichletMAPLoss(_TeacherLoss):
@@ -238,7 +219,12 @@ class InstanceDirichletMAPLoss(_TeacherLoss):
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, Eq. 6-9 and App. 9.7.
     """
 
-    options = ("beta", "temperature", "gamma", "sample_weighting")
+    options = {  # noqa: RUF012
+        "beta": _checks.check_non_negative,
+        "temperature": _checks.check_positive,
+        "gamma": _checks.check_non_negative,
+        "sample_weighting": check_sample_weighting,
+    }
 
     def __init__(
         self,
@@ -252,10 +238,6 @@ class InstanceDirichletMAPLoss(_TeacherLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
-        _checks.check_non_negative("beta", beta)
-        _checks.check_positive("temperature", temperature)
-        _checks.check_non_negative("gamma", gamma)
-        _checks.check_choice("sample_weighting", sample_weighting, SAMPLE_WEIGHTINGS)
         self.beta = beta
         self.temperature = temperature
         self.gamma = gamma
@@ -270,17 +252,9 @@ class InstanceDirichletMAPLoss(_TeacherLoss):
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss; see the class for the arguments."""
-        teacher_logits = self._teacher_logits(input, teacher_logits, needed=self.beta > 0.0 or self.gamma > 1.0)
-        common = self.common(sample_weight)
+        needed = self.beta > 0.0 or self.gamma > 1.0
+        teacher_logits = self._teacher_logits(input, teacher_logits, needed)
+        rows = self.rows(input, target, sample_weight, counts=True)
         if teacher_logits is None:
-            return two_level_loss(input, target, 1.0, counts=True, **common)
-        return dirichlet_map_loss(
-            input,
-            target,
-            teacher_logits,
-            beta=self.beta,
-            temperature=self.temperature,
-            gamma=self.gamma,
-            sample_weighting=self.sample_weighting,
-            **common,
-        )
+            return rows.loss(rows.label(1.0), total=1.0)
+        return dirichlet_map(rows, teacher_logits, self.beta, self.temperature, self.gamma, self.sample_weighting)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels.functional import _checks, confidence_penalty_loss, label_smoothing_map_loss
+from softlabels.functional import _checks
+from softlabels.functional.confidence_penalty import confidence_penalty
+from softlabels.functional.label_smoothing_map import label_smoothing_map
 from softlabels.losses.base import SoftLabelLoss
 
 
@@ -39,18 +41,17 @@ class LabelSmoothingMAPLoss(SoftLabelLoss):
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, NeurIPS 2020, Eq. 7 and App. 9.1.
     """
 
-    options = ("beta",)
+    options = {"beta": _checks.check_non_negative}  # noqa: RUF012
 
     def __init__(
         self, weight: Tensor | None = None, *, beta: float, ignore_index: int = -100, reduction: str = "mean"
     ) -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
-        _checks.check_non_negative("beta", beta)
         self.beta = beta
 
     def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         """Compute the loss; see the class for the arguments."""
-        return label_smoothing_map_loss(input, target, beta=self.beta, **self.common(sample_weight))
+        return label_smoothing_map(self.rows(input, target, sample_weight), self.beta)
 
 
 class ConfidencePenaltyLoss(SoftLabelLoss):
@@ -86,7 +87,7 @@ class ConfidencePenaltyLoss(SoftLabelLoss):
         Output Distributions*, 2017.
     """
 
-    options = ("beta",)
+    options = {"beta": _checks.check_non_negative}  # noqa: RUF012
 
     def __init__(
         self,
@@ -97,9 +98,8 @@ class ConfidencePenaltyLoss(SoftLabelLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
-        _checks.check_non_negative("beta", beta)
         self.beta = beta
 
     def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         """Compute the loss; see the class for the arguments."""
-        return confidence_penalty_loss(input, target, beta=self.beta, **self.common(sample_weight))
+        return confidence_penalty(self.rows(input, target, sample_weight), self.beta)

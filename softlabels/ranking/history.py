@@ -31,7 +31,7 @@ class PredictionHistory(nn.Module):
         super().__init__()
         self.num_samples = num_samples
         self.decay = decay
-        self.register_buffer("doubt", torch.full((num_samples,), torch.nan))
+        self.register_buffer("doubt", torch.full((num_samples,), torch.nan, dtype=torch.float32))
 
     @torch.no_grad()
     def rank_and_update(self, index: Tensor, log_odds: Tensor, kept: Tensor) -> Tensor:

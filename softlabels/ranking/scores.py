@@ -5,33 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softlabels import kernels
+
 RANK_BY = ("max", "true_class")
 
 
-def log_odds(logits: Tensor, target: Tensor, rank_by: str) -> Tensor:
+def log_odds(logits: Tensor, target: Tensor, rank_by: str, known: kernels.Statistics | None = None) -> Tensor:
     """Log-odds log(c / (1 - c)) of the confidence c of each row; shape (N, d1, ...), at least float32.
 
     Ordering by log-odds is ordering by confidence, but where float32 confidences round to 1 and would tie, their
     log-odds still differ.
 
     Args:
-        logits: (K), (N, K) or (N, K, d1, ...).
+        logits: (N, K) or (N, K, d1, ...).
         target: Class indices of row shape, or class probabilities of the shape of ``logits``. Indices outside
             [0, K), such as ignore_index, give a meaningless but valid score.
         rank_by: ``"max"``: c is the largest class probability (paper sec. 6). ``"true_class"``: c is the probability
             of the label (the paper's published scripts); for class probabilities y as the target, sum_c y_c p_c.
+        known: Statistics of the logits, if somebody has them.
     """
     with torch.no_grad():
-        class_dim = min(logits.dim() - 1, 1)
-        logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        if rank_by == "true_class" and target.shape == logits.shape:
-            return torch.logit((target * logits.softmax(class_dim)).sum(class_dim))
-        if rank_by == "true_class":
-            valid = (target >= 0) & (target < logits.shape[class_dim])
-            chosen = torch.where(valid, target, 0).long()
-            chosen = chosen.reshape(logits.shape[:class_dim] + logits.shape[class_dim + 1 :])
-        else:
-            chosen = logits.argmax(class_dim)
-        chosen = chosen.unsqueeze(class_dim)
-        others = logits.scatter(class_dim, chosen, -torch.inf).logsumexp(class_dim)
-        return logits.gather(class_dim, chosen).squeeze(class_dim) - others
+        known = kernels.statistics(logits.detach()) if known is None else known
+        if rank_by == "max":
+            return -known.others.log()
+        logits = logits.detach().to(known.largest.dtype)
+        if target.is_floating_point():
+            return torch.logit((target * logits.softmax(1)).sum(1))
+        target = target.long().clamp(0, logits.shape[1] - 1)
+        below = logits.gather(1, target.unsqueeze(1)).squeeze(1) - known.largest
+        return below - (known.others - below.expm1()).log()

@@ -10,22 +10,22 @@ import pytest
 import torch
 from cases import CASES, calls
 from hypothesis import given
+from implementations import implementation
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softlabels
-from softlabels import functional, kernels
-from softlabels.kernels import eager, formula
-from softlabels.kernels.soft_label import Teacher, TwoLevel
+from softlabels import functional
+from softlabels.kernels import Even, Given, Label, Prediction, SoftLabel, dispatch, eager, ordering
 
 each_loss = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
-@pytest.fixture(autouse=True, params=[0, kernels.FEW], ids=["closed form", "few logits"])
-def few(request):
+@pytest.fixture(autouse=True, params=["closed", "few"], ids=["closed form", "few logits"])
+def chosen(request):
     """Everything here holds on both sides of the number of logits from which on the closed forms are worth it."""
-    with patch.object(kernels, "FEW", request.param):
+    with implementation(request.param):
         yield request.param
 
 
@@ -67,10 +67,9 @@ def test_nothing_of_the_size_of_the_logits_but_their_gradient(dtype, in_forward,
 
 
 @each_loss
-@pytest.mark.parametrize("few", [0], indirect=True)
-@pytest.mark.parametrize("ways", [{"NEAR": 32.0}, {"BLOCK": 12, "IN_PLACE_BLOCK": 24}, {"NEAR": -1.0}], ids=str)
+@pytest.mark.parametrize("how", ["closed", "blocks", "far"])
 @given(call=calls())
-def test_closed_forms_equal_the_formula(case, ways, call):
+def test_closed_forms_equal_the_formula(case, how, call):
     """At once, in blocks of rows, and where logits are far from 0."""
     logits, target, options = call
     logits.requires_grad_()
@@ -80,9 +79,9 @@ def test_closed_forms_equal_the_formula(case, ways, call):
         incoming = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
         return loss.detach(), torch.autograd.grad(loss, logits, incoming)[0]
 
-    with patch.multiple(eager, **ways):
+    with implementation(how):
         value, gradient = value_and_gradient()
-    with patch.object(kernels, "is_plain", return_value=False):
+    with implementation("formula"):
         wanted, wanted_gradient = value_and_gradient()
     assert value.shape == wanted.shape
     torch.testing.assert_close(value, wanted)
@@ -100,27 +99,47 @@ def test_a_constant_added_to_the_logits_costs_no_precision(shift):
     torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=0)
 
 
-def test_known_masses_are_the_sums_of_soft_labels():
-    """Where every row's is the same number; where it is not, or depends on data, none is known."""
-    logits, target, weight = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.rand(3)
-    rows = torch.rand(4)
-    known = (
-        TwoLevel(target, -0.9, None, -0.02),
-        Teacher(target, 0.4, None, logits, 0.6, 0.0, 2.0, 4.0, 2, torch.float32),
-    )
-    for label in known:
-        sums = formula.dense(label, logits, careful=True).sum(1)
-        torch.testing.assert_close(sums, torch.full((4,), label.mass(3)))
-    for label in (
-        TwoLevel(target, rows, None, 0.1),
-        TwoLevel(target, 0.9, weight, 0.1),
-        TwoLevel(logits.softmax(1), 0.9, None, 0.1),
-        Teacher(target, 0.4, weight, logits, 0.6, 0.0, 1.0, 4.0, None, torch.float32),
-        Teacher(target, 0.4, None, logits, 0.6, 0.1, 1.0, 4.0, None, torch.float32),
-        Teacher(target, 0.4, None, logits, 0.6, 0.0, rows, 4.0, None, torch.float32),
-        Teacher(logits.softmax(1), 0.4, None, logits, 0.6, 0.0, 1.0, 4.0, None, torch.float32),
-    ):
-        assert label.mass(3) is None
+TERMS = {
+    "label": lambda x, rows, weight: Label(rows, torch.tensor([0, 1, 2, 0])),
+    "even": lambda x, rows, weight: Even(rows),
+    "even, number": lambda x, rows, weight: Even(0.3),
+    "even, class weights": lambda x, rows, weight: Even(rows, class_weight=weight),
+    "given": lambda x, rows, weight: Given(0.6, (2 * x).softmax(1)),
+    "given, class weights": lambda x, rows, weight: Given(rows, x.softmax(1), class_weight=weight),
+    "prediction": lambda x, rows, weight: Prediction(0.6, 3 * x, 2.0),
+    "prediction, per row": lambda x, rows, weight: Prediction(rows, 3 * x),
+    "prediction, kept": lambda x, rows, weight: Prediction(0.6, 3 * x, keep=2),
+    "prediction, below": lambda x, rows, weight: Prediction(rows, 3 * x, 2.0, shift=-0.1),
+    "prediction, above": lambda x, rows, weight: Prediction(rows, 3 * x, 2.0, shift=0.1),
+    "prediction, class weights": lambda x, rows, weight: Prediction(rows, 3 * x, class_weight=weight),
+}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("make", TERMS.values(), ids=TERMS)
+def test_the_three_answers_of_a_term_agree(make, dense):
+    """Its mass and its inner product are those of what it adds, with care and without, in place and not."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((4, 5, 2) if dense else (4, 5), generator=generator, dtype=torch.float64)
+    rows = torch.rand(x.select(1, 0).shape, generator=generator, dtype=torch.float64)
+    weight = torch.rand(5, generator=generator, dtype=torch.float64)
+    term = make(x, rows, weight)
+    if dense and isinstance(term, Label):
+        term.index = torch.stack([term.index] * 2, 1)
+    soft = SoftLabel([term], 1.0).dense(x)
+    for possible in (None, torch.ones_like(x, dtype=torch.bool)):
+        mass = torch.as_tensor(term.mass(x, possible), dtype=x.dtype).expand(rows.shape)
+        torch.testing.assert_close(mass, soft.sum(1))
+        torch.testing.assert_close(term.inner(x, possible), (soft * x).sum(1))
+    for factor in (-0.5, -2 * rows):
+        for scale in (1.0, 3.0, rows):
+            column = [v.unsqueeze(1) if isinstance(v, torch.Tensor) else v for v in (scale, factor)]
+            wanted = column[0] * x + column[1] * soft
+            torch.testing.assert_close(term.add_to(x, factor, scale), wanted)
+            mine = x.clone()
+            assert term.add_to(mine, factor, scale, in_place=True) is mine
+            torch.testing.assert_close(mine, wanted)
+    torch.testing.assert_close(SoftLabel([term.rows(slice(1, 3))], 1.0).dense(x[1:3]), soft[1:3])
 
 
 def test_the_gradient_is_handed_over():
@@ -137,13 +156,13 @@ def test_the_gradient_is_handed_over():
     torch.testing.assert_close(half, 0.5 * kept)
 
 
-def test_a_target_changed_before_a_second_backward_pass_is_noticed(few):
+def test_a_target_changed_before_a_second_backward_pass_is_noticed(chosen):
     logits, target = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
     loss = functional.label_smoothing_map_loss(logits, target, beta=0.2)
     loss.backward(retain_graph=True)
     once = logits.grad.clone()
     target[0] = 2
-    if few:  # the soft labels were built in the forward pass
+    if chosen == "few":  # the soft labels were built in the forward pass
         loss.backward()
         torch.testing.assert_close(logits.grad, 2 * once)
     else:
@@ -227,8 +246,10 @@ def test_backend_can_be_chosen_three_ways():
 
 def test_pruning_keeps_the_lower_index_among_equals():
     teacher_logits = torch.tensor([[1.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    q = kernels.teacher_probabilities(teacher_logits, 1.0, 2, torch.float32)
-    assert (q > 0).tolist() == [[True, True, False, False], [True, True, False, False]]
+    wanted = [[True, True, False, False], [True, True, False, False]]
+    assert (ordering.prune(teacher_logits, 2) > -torch.inf).tolist() == wanted
+    with patch.object(ordering, "can_read", return_value=False):
+        assert (ordering.prune(teacher_logits, 2) > -torch.inf).tolist() == wanted
 
 
 def smoothed(logits, target=None, **options):

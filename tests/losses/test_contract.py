@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import CASES, calls, expected
 from hypothesis import given
+from implementations import IMPLEMENTATIONS, implementation
 from torch import nn
 
 each_loss = pytest.mark.parametrize("case", CASES, ids=repr)
@@ -210,28 +211,50 @@ def test_half_precision_does_not_overflow(case, rows, num_classes, dtype):
 
 
 @each_loss
-def test_masked_class_costs_nothing(case):
-    """optax #896: logit -inf with no mass on it. Where the loss does put mass there, it is infinite, as it must be."""
-    logits = torch.randn(3, 4, dtype=torch.float64)
-    logits[:, 3] = -torch.inf
-    logits.requires_grad_()
-    target = torch.tensor([0, 1, 2])
-    one_hot = nn.functional.one_hot(target, 4).double()
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_impossible_classes_take_no_part(case, how, kind):
+    """optax #896: a logit of -inf costs nothing where no label or teacher has mass on the class. Even shares go to the
+    possible classes of each row (torch's label smoothing is infinite)."""
+    impossible = torch.tensor([[3, 5], [3, 4], [0, 3], [0, 5], [1, 2]])
+    logits = torch.randn(5, 6, dtype=torch.float64).scatter(1, impossible, -torch.inf).requires_grad_()
+    target = torch.tensor([0, 1, 2, 1, -100])
+    if kind == "probabilities":
+        target = torch.rand(5, 6, dtype=torch.float64).scatter(1, impossible, 0.0)
+        target /= target.sum(1, keepdim=True)
     extras = case.extras(logits.detach())
     if case.argument == "teacher_logits":
-        extras["teacher_logits"][:, 3] = -torch.inf  # a teacher that excludes the class too
-    smooths = case.name in ("beta_smoothing", "label_smoothing_map", "dirichlet_map-uniform")
-    for labels in (target, one_hot):
-        for off in (False, True):
-            loss = case.call(logits, labels, off=off, **extras)
-            if smooths and not off:
-                assert loss == torch.inf
-                weight = torch.tensor([1.0, 1.0, 1.0, 0.0])  # weight 0 takes the mass off the class again
-                loss = case.call(logits, labels, weight=weight, **extras)
-            assert loss.isfinite()
-            (grad,) = torch.autograd.grad(loss, logits)
-            assert grad.isfinite().all()
-            assert grad[:, 3].eq(0).all()
+        extras["teacher_logits"].scatter_(1, impossible, -torch.inf)
+        extras["teacher_logits"][:, 4] = extras["teacher_logits"].amax()  # pruning keeps possible classes
+        extras["teacher_logits"].scatter_(1, impossible, -torch.inf)
+    weight, sample_weight = torch.rand(6, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    for common in ({}, {"weight": weight}, {"reduction": "none", "sample_weight": sample_weight}):
+        with implementation(how):
+            loss = case.call(logits, target, **extras, **common)
+            (grad,) = torch.autograd.grad(loss.sum(), logits)
+            without_grad = case.call(logits.detach(), target, **extras, **common)
+        torch.testing.assert_close(loss, expected(case, logits, target, **extras, **common))
+        torch.testing.assert_close(without_grad, loss.detach())
+        assert grad.isfinite().all()
+        assert grad.gather(1, impossible).eq(0).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name != "beta_smoothing" and "prune" not in case.on])
+@pytest.mark.parametrize("how", IMPLEMENTATIONS)
+def test_a_masked_loss_is_that_of_the_possible_classes(case, how):
+    """Value and gradient, as if the other classes were not there."""
+    possible = torch.tensor([0, 1, 2, 4])
+    logits, target = torch.randn(4, 6), torch.tensor([0, 1, 2, 1])
+    logits[:, [3, 5]] = -torch.inf
+    extras = case.extras(logits)
+    if case.argument == "teacher_logits":
+        extras["teacher_logits"][:, [3, 5]] = -torch.inf
+    wanted_extras = {name: value[:, possible] for name, value in extras.items()}
+    logits.requires_grad_()
+    with implementation(how):
+        (grad,) = torch.autograd.grad(case.call(logits, target, **extras), logits)
+    wanted = case.call(logits[:, possible], target, **wanted_extras)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted, logits)[0])
 
 
 @each_loss

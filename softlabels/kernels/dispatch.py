@@ -1,0 +1,103 @@
+"""Which implementation of the row kernels runs. Nothing outside of this folder asks; the first line that fits decides.
+
+| condition | implementation | why |
+|---|---|---|
+| somebody traces, transforms (torch.func), or differentiates forwards | formula | it can be traced and transformed |
+| logits or targets are of a tensor subclass, or on the meta device | formula | only torch's own operations know them |
+| weights or targets want a gradient too | formula | the closed forms have one for the logits alone |
+| a CPU and at most `FEW` logits | formula | torch's own graph starts sooner than a closed form ends |
+| backend "compile", or "auto" on a device where Inductor writes Triton | compiled | fewest readings of memory |
+| any other | eager | closed form, few readings of memory |
+
+The formula takes care of -inf logits and of rows that do not count where it cannot look; few logits are done without,
+and once more with care if the result is not finite. Double backward through a closed form is the formula's.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from softlabels.kernels import compiled, eager, formula
+from softlabels.kernels.autograd import ClosedForm, is_ready_in_forward
+from softlabels.kernels.backend import get_backend
+from softlabels.kernels.reading import is_observed, is_ordinary
+from softlabels.kernels.soft_label import SoftLabel
+from softlabels.kernels.statistics import Statistics, statistics_with_log_p
+
+FEW = 2**16
+COMPILED_DEVICES = ("cuda", "xpu")  # where "auto" compiles
+
+_failed: set[str] = set()
+
+
+def statistics(logits: Tensor, *, reduce: bool = False) -> Statistics:
+    """What can be known of rows before their soft label, to be passed on to `cross_entropy` with the same ``reduce``."""
+    if is_observed() or not is_ordinary(logits) or _are_few(logits):
+        return statistics_with_log_p(logits)
+    if _compiles(logits):
+        try:
+            return compiled.statistics(logits)
+        except compiled.CompilationFailed as error:
+            _go_on_uncompiled(logits, error)
+    wants_gradient = logits.requires_grad and torch.is_grad_enabled()
+    return eager.statistics(logits.detach(), wants_gradient and reduce and is_ready_in_forward(logits))
+
+
+def cross_entropy(label: SoftLabel, logits: Tensor, *, reduce: bool, known: Statistics | None = None) -> Tensor:
+    """The weighted cross-entropy of each row, or with ``reduce`` the sum over the rows.
+
+    Float64 for float64 logits, float32 for all others.
+    """
+    tensors = label.tensors()
+    log_p = known.log_p if known is not None else None
+    if is_observed() or not is_ordinary(logits, *tensors):
+        return formula.cross_entropy(label, logits, reduce, log_p)
+    differentiable = torch.is_grad_enabled()
+    if differentiable and not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+        label = label.with_tensors([t.clone() if t.is_inference() else t for t in tensors])  # or none could be saved
+        tensors = label.tensors()
+    if differentiable and any(t.requires_grad for t in tensors):
+        return formula.cross_entropy(label, logits, reduce, log_p)
+    if _are_few(logits):
+        loss = formula.cross_entropy(label, logits, reduce, log_p, careful=False)
+        finite = loss.isfinite() if reduce else loss.isfinite().all()
+        return loss if finite.item() else formula.cross_entropy(label, logits, reduce, log_p)
+    if _compiles(logits):
+        try:
+            return _closed_form(label, logits, True, reduce, known, tensors)
+        except compiled.CompilationFailed as error:
+            _go_on_uncompiled(logits, error)
+    return _closed_form(label, logits, False, reduce, known, tensors)
+
+
+def _closed_form(
+    label: SoftLabel, logits: Tensor, compile: bool, reduce: bool, known: Statistics | None, tensors: list[Tensor]
+) -> Tensor:
+    if logits.requires_grad and torch.is_grad_enabled():
+        result: Tensor = ClosedForm.apply(logits, label, compile, reduce, known, *tensors)  # type: ignore[no-untyped-call]
+        return result
+    rows = compiled.values(label, logits)[0] if compile else eager.values(label, logits)
+    return rows.sum() if reduce else rows
+
+
+def _are_few(logits: Tensor) -> bool:
+    return logits.is_cpu and logits.numel() <= FEW
+
+
+def _compiles(logits: Tensor) -> bool:
+    device = logits.device.type
+    wanted = get_backend() == "compile" or (
+        get_backend() == "auto" and device in COMPILED_DEVICES and device not in _failed
+    )
+    return wanted and compiled.can_compile(logits)
+
+
+def _go_on_uncompiled(logits: Tensor, error: compiled.CompilationFailed) -> None:
+    """Warn once; but raise if the user asked to compile."""
+    if get_backend() == "compile":
+        raise error
+    _failed.add(logits.device.type)
+    warnings.warn(f"{error.args[0]}; from now on they run uncompiled", stacklevel=2)
