@@ -91,37 +91,41 @@ def beta_smoothing(
     known: kernels.Statistics | None = None,
 ) -> Tensor:
     """Beta smoothing of checked arguments: within this process or, if ``joint``, over the rows of all processes."""
-    if hasattr(rows.logits, "full_tensor"):
-        raise TypeError(
-            "input is a DTensor, and Beta smoothing ranks and draws for rows that one process can see: pass "
-            "input.full_tensor(), with the target, confidence and weights of the same rows as plain tensors"
-        )
-    draws = _draws(rows, confidence, concentration, generator, joint)
-    return smoothed(rows, (1.0 - alpha) * (1.0 - draws), known)
+    amount = _amounts(rows, confidence, alpha, concentration, generator, joint)
+    return rows.loss(*_terms(rows, amount), total=1.0, known=known)
 
 
-def smoothed(rows: Rows, taken: kernels.Amount, known: kernels.Statistics | None = None) -> Tensor:
-    """Cross-entropy against labels of which ``taken`` goes to the K - 1 other classes."""
-    return rows.loss(*_terms(rows, taken), total=1.0, known=known)
+def mean_smoothing(rows: Rows, alpha: float, concentration: float) -> Tensor:
+    """Label smoothing of checked arguments by the mean of the amounts."""
+    return rows.loss(*_terms(rows, _most(rows, alpha) / (concentration + 1.0)), total=1.0)
 
 
-def _terms(rows: Rows, taken: kernels.Amount) -> tuple[kernels.Term, ...]:
-    """What the other classes get in all, as an amount that is spread over all classes, and the rest for the label."""
-    even = taken * (rows.num_classes / (rows.num_classes - 1)) if rows.num_classes > 1 else 0.0 * taken
-    even = even.to(rows.dtype) if isinstance(even, Tensor) else even
-    return rows.even(even), rows.label(1.0 - even)
+def _terms(rows: Rows, amount: kernels.Amount) -> tuple[kernels.Term, ...]:
+    label = torch.rsub(amount, 1.0) if isinstance(amount, Tensor) else 1.0 - amount
+    return rows.even(amount), rows.label(label)
 
 
-def _draws(
-    rows: Rows, confidence: Tensor | None, concentration: float, generator: torch.Generator | None, joint: bool = False
+def _most(rows: Rows, alpha: float) -> float:
+    """What is spread over all K classes at most: 1 - alpha for the K - 1 others, and as much for the label as they."""
+    return (1.0 - alpha) * rows.num_classes / (rows.num_classes - 1) if rows.num_classes > 1 else 0.0
+
+
+def _amounts(
+    rows: Rows,
+    confidence: Tensor | None,
+    alpha: float,
+    concentration: float,
+    generator: torch.Generator | None,
+    joint: bool = False,
 ) -> Tensor:
-    """One draw from Beta(a, 1) per row, ascending with the confidence: U ** (1 / a)."""
-    if confidence is None:
-        row_shape = rows.logits.shape[:1] + rows.logits.shape[2:]
-        uniforms = kernels.uniforms(row_shape, rows.logits.device, generator)
-    else:
-        uniforms = kernels.ascending_uniforms(confidence, rows.counted, generator, joint=joint)
-    return uniforms ** (1.0 / concentration)
+    """What is spread over all classes, with one draw b = U ** (1 / a) from Beta(a, 1) per row: most (1 - b)."""
+    logits, most, power = rows.logits, _most(rows, alpha), 1.0 / concentration
+    if confidence is not None:
+        return kernels.ranked_amounts(
+            most, power, confidence, rows.counted, generator, rows.dtype, joint=joint
+        )
+    uniforms = kernels.uniforms(logits.shape[:1] + logits.shape[2:], logits.device, generator)
+    return kernels.unranked_amounts(most, power, uniforms, rows.dtype)
 
 
 def beta_smoothing_targets(
@@ -168,6 +172,5 @@ def beta_smoothing_targets(
     rows = prepare(probabilities, probabilities)
     if confidence is not None:
         confidence = rows.row_argument("confidence", confidence)
-    draws = _draws(rows, confidence, concentration, generator)
-    soft = rows.soft_label(*_terms(rows, (1.0 - alpha) * (1.0 - draws)))
+    soft = rows.soft_label(*_terms(rows, _amounts(rows, confidence, alpha, concentration, generator)))
     return soft.squeeze(0) if rows.single else soft

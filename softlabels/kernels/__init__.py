@@ -7,7 +7,7 @@ tensors are (N,) or (N, d1, ...). Nothing here knows of losses or papers.
 from softlabels.kernels.backend import backend, get_backend, set_backend
 from softlabels.kernels.dispatch import cross_entropy, statistics
 from softlabels.kernels.formula import confidence_penalty
-from softlabels.kernels.ordering import ascending_uniforms, uniforms
+from softlabels.kernels.ordering import ranked_amounts, uniforms, unranked_amounts
 from softlabels.kernels.reading import can_read, check_when_run, least_and_greatest, peek
 from softlabels.kernels.soft_label import Amount, Even, Given, Label, Prediction, SoftLabel, Term, working_dtype
 from softlabels.kernels.statistics import Statistics
@@ -21,7 +21,6 @@ __all__ = [
     "SoftLabel",
     "Statistics",
     "Term",
-    "ascending_uniforms",
     "backend",
     "can_read",
     "check_when_run",
@@ -30,8 +29,10 @@ __all__ = [
     "get_backend",
     "least_and_greatest",
     "peek",
+    "ranked_amounts",
     "set_backend",
     "statistics",
     "uniforms",
+    "unranked_amounts",
     "working_dtype",
 ]

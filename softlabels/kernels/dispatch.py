@@ -15,6 +15,7 @@ and once more with care if the result is not finite. Double backward through a c
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -55,16 +56,17 @@ def cross_entropy(label: SoftLabel, logits: Tensor, *, reduce: bool, known: Stat
     log_p = known.log_p if known is not None else None
     if is_observed() or not is_ordinary(logits, *tensors):
         return formula.cross_entropy(label, logits, reduce, log_p)
-    differentiable = torch.is_grad_enabled()
-    if differentiable and not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
-        label = label.with_tensors([t.clone() if t.is_inference() else t for t in tensors])  # or none could be saved
-        tensors = label.tensors()
-    if differentiable and any(t.requires_grad for t in tensors):
-        return formula.cross_entropy(label, logits, reduce, log_p)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return formula.cross_entropy(label, logits, reduce, log_p)
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():  # of which none can be saved
+                tensors = [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
+                return cross_entropy(label.with_tensors(tensors), logits, reduce=reduce, known=known)
     if _are_few(logits):
         loss = formula.cross_entropy(label, logits, reduce, log_p, careful=False)
-        finite = loss.isfinite() if reduce else loss.isfinite().all()
-        return loss if finite.item() else formula.cross_entropy(label, logits, reduce, log_p)
+        total = loss.item() if reduce else loss.sum().item()
+        return loss if math.isfinite(total) else formula.cross_entropy(label, logits, reduce, log_p)
     if _compiles(logits):
         try:
             return _closed_form(label, logits, True, reduce, known, tensors)

@@ -1,4 +1,4 @@
-"""Numbers in order: uniforms that ascend with a score, and the largest logits of a row.
+"""Numbers in order: random amounts that fall as a score rises, and the largest logits of a row.
 
 On a CPU numpy sorts: it starts sooner than torch's sort and its partition takes a tenth of the time of topk. Where
 reading would wait, or somebody traces, torch's operations give the same numbers without a look at them.
@@ -6,6 +6,7 @@ reading would wait, or somebody traces, torch's operations give the same numbers
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -28,44 +29,65 @@ def uniforms(shape: torch.Size, device: torch.device, generator: torch.Generator
     return torch.rand(shape, dtype=dtype, device=device, generator=generator)
 
 
-def ascending_uniforms(
-    score: Tensor, kept: Tensor | None, generator: torch.Generator | None, *, joint: bool = False
+def ranked_amounts(
+    most: float,
+    power: float,
+    score: Tensor,
+    kept: Tensor | None,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    *,
+    joint: bool = False,
 ) -> Tensor:
-    """Independent uniforms, handed to the kept rows in ascending order of their scores; 0 for all other rows.
+    """Amounts most (1 - u^power), row-shaped: independent uniforms u ascend with the scores of the kept rows.
 
-    Equal scores go by position. A nan is below all numbers; where every kept score is nan, so is every uniform. With
+    Equal scores go by position. A nan is below all numbers; where every kept score is nan, so is every amount. With
     ``joint`` the rows of all processes of the default group are ordered together.
     """
+    if not joint and can_read(score) and (kept is None or can_read(kept)):
+        return _by_numpy(most, power, score, kept, generator, dtype)
     if joint and torch.distributed.is_available() and torch.distributed.is_initialized():
-        return _of_all_processes(score, kept, generator)
-    if can_read(score) and (kept is None or can_read(kept)):
-        return _sorted_by_numpy(score, kept, generator)
-    places = score.numel() if score.device.type == "cpu" else score.numel() + 1
-    source = uniforms(torch.Size((places,)), score.device, generator)
-    return _hand_out(score.flatten(), None if kept is None else kept.flatten(), source).view(score.shape)
+        ascending = _of_all_processes(score, kept, generator)
+    else:
+        places = score.numel() if score.device.type == "cpu" else score.numel() + 1
+        source = uniforms(torch.Size((places,)), score.device, generator)
+        ascending = _hand_out(score.flatten(), None if kept is None else kept.flatten(), source).view(score.shape)
+    return unranked_amounts(most, power, ascending, dtype)
 
 
-def _sorted_by_numpy(score: Tensor, kept: Tensor | None, generator: torch.Generator | None) -> Tensor:
+def unranked_amounts(most: float, power: float, uniforms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Amounts most (1 - u^power)."""
+    return (most - most * uniforms**power).to(dtype)
+
+
+def _by_numpy(
+    most: float,
+    power: float,
+    score: Tensor,
+    kept: Tensor | None,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+) -> Tensor:
     scores = _numbers(score).ravel()
-    where = None if kept is None else np.flatnonzero(kept.numpy())
-    if where is not None:
-        scores = scores[where]
+    places = None if kept is None else np.flatnonzero(kept.numpy())
+    if places is not None:
+        scores = scores[places]
     order = scores.argsort(kind="stable")
     drawn = np.empty(score.numel())
     torch.from_numpy(drawn).uniform_(generator=generator)
     ascending = drawn[: scores.size]
     ascending.sort()
-    if scores.size and np.isnan(scores[order[-1]]):  # sorted behind all else
-        if np.isnan(scores[order[0]]):
+    if scores.size and math.isnan(scores.item(order.item(-1))):  # sorted behind all else
+        if math.isnan(scores.item(order.item(0))):
             ascending[:] = np.nan
         order = np.where(np.isnan(scores), -np.inf, scores).argsort(kind="stable")
-    result = np.zeros(score.numel())
-    result[order if where is None else where[order]] = ascending
-    return torch.from_numpy(result).view(score.shape)
+    amounts = np.full(score.shape, most, np.float64 if dtype == torch.float64 else np.float32)
+    amounts.put(order if places is None else places[order], most - most * ascending**power)
+    return torch.from_numpy(amounts)
 
 
 def _hand_out(score: Tensor, kept: Tensor | None, source: Tensor) -> Tensor:
-    """Give uniforms made of ``source``, one for each kept row, to these in the order of their scores."""
+    """Give uniforms made of ``source`` to the kept rows, in the order of their scores; 0 to all others."""
     score = score.detach()
     if not score.is_floating_point():
         score = score.to(source.dtype)
@@ -135,7 +157,9 @@ def prune(logits: Tensor, keep: int) -> Tensor:
 
 
 def _numbers(tensor: Tensor) -> NDArray[Any]:
-    tensor = tensor.detach().resolve_neg()
+    tensor = tensor.detach()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.float()
     array: NDArray[Any] = tensor.numpy()

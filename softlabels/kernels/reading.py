@@ -43,7 +43,10 @@ def is_ordinary(*tensors: Tensor) -> bool:
 
 def can_read(*tensors: Tensor) -> bool:
     """Whether reading the numbers of these tensors is possible and free."""
-    return all(tensor.is_cpu for tensor in tensors) and is_ordinary(*tensors) and not is_observed()
+    for tensor in tensors:
+        if not tensor.is_cpu or type(tensor) not in _PLAIN:
+            return False
+    return not is_observed()
 
 
 def peek(condition: Tensor) -> bool | None:

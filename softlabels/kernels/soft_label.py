@@ -91,6 +91,10 @@ class Term:
         """The shares of the classes, in a shape that broadcasts to that of ``like``."""
         raise NotImplementedError
 
+    def written(self, like: Tensor, factor: Amount) -> Tensor:
+        """Factor t in a new tensor, without a graph."""
+        return self.add_to(torch.zeros_like(like, requires_grad=False), factor, in_place=True)
+
     def weighted(self, shares: Tensor, like: Tensor) -> Tensor:
         """Shares times the class weights."""
         if self.class_weight is None:
@@ -144,12 +148,11 @@ class Label(Term):
         amount, index = self.amount * factor, self.index.unsqueeze(1)
         if torch.compiler.is_compiling():
             return torch.where(self._is_label(g), g + column(amount), g)
-        if isinstance(amount, Tensor):
-            value = column(amount).expand(index.shape).to(g.dtype)
-            return g.scatter_add_(1, index, value) if in_place else g.scatter_add(1, index, value)
-        if is_zero(amount) and in_place:
-            return g
-        value = g.new_full((), amount).expand(index.shape)
+        if not isinstance(amount, Tensor):
+            if in_place:
+                return g if amount == 0.0 else g.scatter_(1, index, amount, reduce="add")
+            amount = g.new_full((), amount)
+        value = column(amount) if amount.dim() else amount.expand(index.shape)
         return g.scatter_add_(1, index, value) if in_place else g.scatter_add(1, index, value)
 
     def _is_label(self, like: Tensor) -> Tensor:
@@ -193,6 +196,15 @@ class Even(Term):
             return super().add_to(g, factor, scale, possible, in_place)
         share = self.shares(g, possible)
         return torch.add(share * column(factor), g, alpha=scale, out=g)
+
+    def written(self, like: Tensor, factor: Amount) -> Tensor:
+        """One value per row, repeated."""
+        if self.class_weight is not None:
+            return super().written(like, factor)
+        share = self.amount * (factor / like.shape[1])
+        if isinstance(share, Tensor) and share.dim():
+            return share.unsqueeze(1).expand(like.shape).contiguous()
+        return torch.full_like(like, share, requires_grad=False)
 
     def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
         """amount / K, of which every class has one."""
@@ -347,6 +359,14 @@ class SoftLabel:
         """Scale g + factor t."""
         for term in self.terms:
             g, scale = term.add_to(g, factor, scale, possible, in_place), 1.0
+        return g
+
+    def written(self, like: Tensor) -> Tensor:
+        """-weight t of every class in a new tensor, without a graph."""
+        first, *others = self.terms
+        g = first.written(like, -self.weight)
+        for term in others:
+            g = term.add_to(g, -self.weight, in_place=True)
         return g
 
     def possible(self, logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from softlabels import kernels, tuning
 from softlabels.functional import _checks
 from softlabels.functional._rows import Rows
-from softlabels.functional.beta_smoothing import beta_smoothing, smoothed
+from softlabels.functional.beta_smoothing import beta_smoothing, mean_smoothing
 from softlabels.losses.attachable import AttachableLoss
 from softlabels.losses.base import runs_twice
 from softlabels.ranking import PredictionHistory, log_odds
@@ -168,7 +168,7 @@ class BetaSmoothingLoss(AttachableLoss):
         if switched_off:
             return rows.loss(rows.label(1.0), total=1.0)
         if not in_training:
-            return smoothed(rows, (1.0 - self.alpha) / (concentration + 1.0))
+            return mean_smoothing(rows, self.alpha, concentration)
         if runs_twice() and (self.generator is not None or (confidence is None and self.ranking == "history")):
             raise RuntimeError(
                 "BetaSmoothingLoss is called inside torch.utils.checkpoint, which calls it again in the backward pass: "
