@@ -70,7 +70,9 @@ def beta_draws(uniforms: Row, confidence: Row | None, kept: Sequence[bool], conc
 
 def beta_smoothing(logits: Row, label: Label, class_weight: Row, draw: float, alpha: float) -> float:
     k = len(logits)
-    off = (1 - alpha) * (1 - draw) / (k - 1) if k > 1 else 0.0  # sec. 6 in Eq. 3: what every class but the true one gets
+    off = (
+        (1 - alpha) * (1 - draw) / (k - 1) if k > 1 else 0.0
+    )  # sec. 6 in Eq. 3: what every class but the true one gets
     even = even_shares(k * off, logits)
     soft = [e + (1 - k * off) * y_c for e, y_c in zip(even, label_mass(label, k), strict=True)]
     return soft_cross_entropy(soft, logits, class_weight)

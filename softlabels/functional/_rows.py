@@ -12,6 +12,8 @@ from softlabels import kernels
 from softlabels.functional import _checks
 from softlabels.kernels import Amount
 
+NO_LABEL = -(2**63)  # ignore_index where no row can be ignored
+
 
 class Rows(NamedTuple):
     """Checked arguments of one call, classes in dimension 1."""
@@ -79,13 +81,9 @@ class Rows(NamedTuple):
         self, amount: Amount, teacher_logits: Tensor, temperature: float, keep: int | None = None, shift: float = 0.0
     ) -> kernels.Term:
         """An amount of a teacher's prediction."""
-        return kernels.Prediction(
-            amount, teacher_logits, temperature, keep, shift, class_weight=self.class_weight
-        )
+        return kernels.Prediction(amount, teacher_logits, temperature, keep, shift, class_weight=self.class_weight)
 
-    def loss(
-        self, *terms: kernels.Term, total: float | None = None, known: kernels.Statistics | None = None
-    ) -> Tensor:
+    def loss(self, *terms: kernels.Term, total: float | None = None, known: kernels.Statistics | None = None) -> Tensor:
         """The reduced cross-entropy against the sum of the terms, in the caller's shape.
 
         ``total`` is the mass of that sum where a label has mass 1 and classes have no weights.
@@ -100,8 +98,10 @@ class Rows(NamedTuple):
         return loss.squeeze(0) if self.single and self.reduction == "none" else loss
 
     def soft_label(self, *terms: kernels.Term) -> Tensor:
-        """The sum of the terms, (N, K, d1, ...)."""
-        return kernels.SoftLabel([term for term in terms if not term.is_absent], 1.0).dense(torch.empty_like(self.logits, dtype=self.dtype))
+        """The sum of the terms, in the shape of the caller's logits."""
+        soft = kernels.SoftLabel([term for term in terms if not term.is_absent], 1.0)
+        dense = soft.dense(torch.zeros_like(self.logits, dtype=self.dtype))
+        return dense.squeeze(0) if self.single else dense
 
     def weight(self) -> Amount:
         """What the loss of each row is multiplied by to become its part of the result.
@@ -133,7 +133,7 @@ def prepare(
     target: Tensor,
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = NO_LABEL,
     reduction: str = "none",
     *,
     counts: bool = False,
@@ -213,28 +213,6 @@ def check_counts(counts: Tensor) -> None:
         negative = counts[~valid & ~counts.isnan()]
         if negative.numel():
             raise ValueError(f"{wanted}, got {negative[0].item():g}")
-
-
-def label_probabilities(target: Tensor, num_classes: int) -> Tensor:
-    """Class indices as one-hot float32 probabilities with the class dimension at 1; probabilities as they are."""
-    _checks.check_tensor("target", target)
-    _checks.check_classes(num_classes)
-    if target.is_floating_point():
-        class_dim = 0 if target.dim() == 1 else 1
-        if target.dim() == 0 or target.shape[class_dim] != num_classes:
-            raise ValueError(
-                f"target must be class indices or probabilities with {num_classes} classes in dimension "
-                f"{class_dim}, got shape {tuple(target.shape)}"
-            )
-        return target.to(kernels.working_dtype(target))
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"target must hold class indices as torch.int64 (or uint8), got {target.dtype}")
-    target = target.long()
-    check_labels(target, num_classes)
-    class_dim = min(target.dim(), 1)
-    shape = target.shape[:class_dim] + (num_classes,) + target.shape[class_dim:]
-    one_hot = torch.zeros(shape, dtype=torch.float32, device=target.device)
-    return one_hot.scatter(class_dim, target.unsqueeze(class_dim), 1.0)
 
 
 def _warn_of_probabilities(teacher_logits: Tensor) -> None:

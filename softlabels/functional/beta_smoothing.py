@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import Rows, label_probabilities, prepare
+from softlabels.functional._rows import Rows, prepare
 
 
 def beta_smoothing_loss(
@@ -121,9 +121,7 @@ def _amounts(
     """What is spread over all classes, with one draw b = U ** (1 / a) from Beta(a, 1) per row: most (1 - b)."""
     logits, most, power = rows.logits, _most(rows, alpha), 1.0 / concentration
     if confidence is not None:
-        return kernels.ranked_amounts(
-            most, power, confidence, rows.counted, generator, rows.dtype, joint=joint
-        )
+        return kernels.ranked_amounts(most, power, confidence, rows.counted, generator, rows.dtype, joint=joint)
     uniforms = kernels.uniforms(logits.shape[:1] + logits.shape[2:], logits.device, generator)
     return kernels.unranked_amounts(most, power, uniforms, rows.dtype)
 
@@ -168,9 +166,24 @@ def beta_smoothing_targets(
     """
     alpha = _checks.check_fraction("alpha", alpha)
     concentration = _checks.check_positive("concentration", concentration, infinite=True)
-    probabilities = label_probabilities(target, num_classes)
-    rows = prepare(probabilities, probabilities)
+    rows = prepare(_like_logits(target, num_classes), target)
     if confidence is not None:
         confidence = rows.row_argument("confidence", confidence)
-    soft = rows.soft_label(*_terms(rows, _amounts(rows, confidence, alpha, concentration, generator)))
-    return soft.squeeze(0) if rows.single else soft
+    return rows.soft_label(*_terms(rows, _amounts(rows, confidence, alpha, concentration, generator)))
+
+
+def _like_logits(target: Tensor, num_classes: int) -> Tensor:
+    """A tensor of the shape that logits for this target have."""
+    _checks.check_tensor("target", target)
+    _checks.check_classes(num_classes)
+    if not target.is_floating_point():
+        class_dim = min(target.dim(), 1)
+        shape = target.shape[:class_dim] + (num_classes,) + target.shape[class_dim:]
+        return torch.zeros((), dtype=torch.float32, device=target.device).expand(shape)
+    class_dim = 0 if target.dim() == 1 else 1
+    if target.dim() == 0 or target.shape[class_dim] != num_classes:
+        raise ValueError(
+            f"target must be class indices or probabilities with {num_classes} classes in dimension {class_dim}, got "
+            f"shape {tuple(target.shape)}"
+        )
+    return target

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import Rows, check_counts, label_probabilities, prepare
+from softlabels.functional._rows import Rows, prepare
 
 SAMPLE_WEIGHTINGS = ("normalized", "exact", "none")
 MIN_LOG_PROBABILITY = -87.0  # float32 holds exp(-87); a class of less has no probability, as if its logit were -inf
@@ -157,15 +157,11 @@ def dirichlet_map_targets(
     """
     beta, temperature, gamma = _check_options(beta, temperature, gamma, sample_weighting)
     _checks.check_input(teacher_logits, "teacher_logits")
-    if isinstance(target, Tensor) and target.shape == teacher_logits.shape:
-        target = target.to(kernels.working_dtype(teacher_logits))
-        check_counts(target)
-    num_classes = teacher_logits.shape[0 if teacher_logits.dim() == 1 else 1]
-    rows = prepare(teacher_logits, label_probabilities(target, num_classes))
+    rows = prepare(teacher_logits, target, counts=True)
     mass = rows.soft_label(*_terms(rows, teacher_logits, beta, temperature, gamma, sample_weighting))
-    row_weight = mass.sum(1)
-    soft_label = mass / torch.where(row_weight == 0, 1.0, row_weight).unsqueeze(1)
-    return (soft_label.squeeze(0), row_weight.squeeze(0)) if rows.single else (soft_label, row_weight)
+    class_dim = 0 if rows.single else 1
+    row_weight = mass.sum(class_dim)
+    return mass / torch.where(row_weight == 0, 1.0, row_weight).unsqueeze(class_dim), row_weight
 
 
 def check_sample_weighting(name: str, value: object) -> object:
@@ -173,9 +169,7 @@ def check_sample_weighting(name: str, value: object) -> object:
     return _checks.check_choice(name, value, SAMPLE_WEIGHTINGS)
 
 
-def _check_options(
-    beta: float, temperature: float, gamma: float, sample_weighting: str
-) -> tuple[float, float, float]:
+def _check_options(beta: float, temperature: float, gamma: float, sample_weighting: str) -> tuple[float, float, float]:
     check_sample_weighting("sample_weighting", sample_weighting)
     beta, gamma = _checks.check_non_negative("beta", beta), _checks.check_non_negative("gamma", gamma)
     return beta, _checks.check_positive("temperature", temperature), gamma

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
-from softlabels.functional._rows import Rows, label_probabilities, prepare
+from softlabels.functional._rows import Rows, prepare
 
 
 def self_distillation_loss(
@@ -72,7 +72,12 @@ def self_distillation_loss(
 
 
 def self_distillation(
-    rows: Rows, teacher_logits: Tensor, alpha: float, temperature: float, scale_student: bool = False, prune: float = 0.0
+    rows: Rows,
+    teacher_logits: Tensor,
+    alpha: float,
+    temperature: float,
+    scale_student: bool = False,
+    prune: float = 0.0,
 ) -> Tensor:
     """Eq. 3 of checked arguments, with the teacher's surest classes alone if ``prune`` (App. 9.7)."""
     teacher = rows.teacher_argument(teacher_logits)
@@ -198,8 +203,6 @@ def distillation_targets(
     temperature = _checks.check_positive("temperature", temperature)
     prune = check_prune("prune", prune)
     _checks.check_input(teacher_logits, "teacher_logits")
-    num_classes = teacher_logits.shape[0 if teacher_logits.dim() == 1 else 1]
-    rows = prepare(teacher_logits, label_probabilities(target, num_classes))
-    keep = kept_classes(prune, num_classes)
-    soft = rows.soft_label(*_mixture(rows, rows.teacher_argument(teacher_logits), alpha, temperature, keep))
-    return soft.squeeze(0) if rows.single else soft
+    rows = prepare(teacher_logits, target)
+    teacher_logits = rows.teacher_argument(teacher_logits)
+    return rows.soft_label(*_mixture(rows, teacher_logits, alpha, temperature, kept_classes(prune, rows.num_classes)))

@@ -12,7 +12,6 @@ from softlabels.kernels.reading import has_tangents, is_batched
 from softlabels.kernels.soft_label import SoftLabel, column, working_dtype
 from softlabels.kernels.statistics import Statistics
 
-
 _NOTHING = torch.empty(0)
 
 
@@ -35,6 +34,7 @@ class ClosedForm(torch.autograd.Function):
         statistics: Statistics | None,
         *tensors: Tensor,
     ) -> Tensor:
+        """The loss; see the class."""
         ctx.label = label.with_tensors([_NOTHING] * len(tensors))  # or it would outlive the saved tensors
         ctx.count, ctx.compile, ctx.reduce = len(tensors), compile, reduce
         ctx.gradient = None
@@ -52,6 +52,7 @@ class ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient to the logits alone."""
         batched = is_batched(incoming)  # is_grads_batched=True: many incoming gradients at once
         gradient: Tensor | None = None
         if not batched and not torch.is_grad_enabled() and not has_tangents():

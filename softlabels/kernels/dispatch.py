@@ -35,7 +35,7 @@ _failed: set[str] = set()
 
 
 def statistics(logits: Tensor, *, reduce: bool = False) -> Statistics:
-    """What can be known of rows before their soft label, to be passed on to `cross_entropy` with the same ``reduce``."""
+    """What can be known of rows before their soft label, for `cross_entropy` with the same ``reduce``."""
     if is_observed() or not is_ordinary(logits) or _are_few(logits):
         return statistics_with_log_p(logits)
     if _compiles(logits):

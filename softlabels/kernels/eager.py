@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from softlabels.kernels import formula
 from softlabels.kernels.soft_label import Amount, SoftLabel, column, product, working_dtype
 from softlabels.kernels.statistics import Statistics
 from softlabels.kernels.statistics import statistics as traceable_statistics
@@ -94,12 +95,10 @@ def _near_zero(x: Tensor, even: bool = True) -> tuple[Tensor, Tensor, Amount]:
 
 def _values(label: SoftLabel, logits: Tensor) -> Tensor:
     if logits.device.type == "cpu":
-        x = logits.to(working_dtype(logits))
-        x = x - x.amax(1, keepdim=True)
-        rows = label.weight * (label.mass(x) * x.logsumexp(1) - label.inner(x))
+        rows = formula.cross_entropy(label, logits, reduce=False, careful=False)
         if math.isfinite(rows.sum().item()):
             return rows
-    return _by_dense_label(label, logits)[0]
+    return formula.cross_entropy(label, logits, reduce=False)
 
 
 def _value_and_gradient(label: SoftLabel, logits: Tensor, out: Tensor, log_sum: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ def cross_entropy(
     if log_p is None:
         log_p = torch.log_softmax(logits, 1, dtype=working_dtype(logits))
     if not careful:
-        terms = log_p * label.written(log_p)
+        terms = log_p * label.add_to(torch.zeros_like(log_p, requires_grad=False), -label.weight, in_place=True)
         return terms.sum() if reduce else terms.sum(1)
     soft = label.dense(log_p, possible=label.possible(logits))
     if left_out is not None:

@@ -49,10 +49,11 @@ def product(amount: Amount, value: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Term:
-    """What the terms share: an amount, and a factor per class."""
+    """What the terms share: an amount, a factor per class, and the three answers as they follow from the shares."""
 
     amount: Amount
     class_weight: Tensor | None = field(default=None, kw_only=True)
+    _shares: Tensor | None = field(default=None, init=False, repr=False)  # of the block that the term stands for
 
     @property
     def is_even(self) -> bool:
@@ -68,43 +69,48 @@ class Term:
         """The possible classes, and those that this term says are true: their share stays, and costs what it must."""
         return possible
 
+    def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
+        """The shares of the classes, without class weights; one for all where they are even."""
+        raise NotImplementedError
+
     def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
         """sum_c t_c."""
-        return self.shares(x, possible).sum(1)
+        shares = self._weighted(x, possible)
+        return shares.sum(1) * (x.shape[1] // shares.shape[1])
 
     def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
         """sum_c t_c x_c."""
-        shares = self.shares(x, possible)
-        return (shares * x if possible is None else product(shares, x)).sum(1)
+        shares = self._weighted(x, possible)
+        if possible is not None:
+            return product(shares, x).sum(1)
+        return (shares * x).sum(1) if shares.shape[1] > 1 else shares.squeeze(1) * x.sum(1)
 
     def add_to(
         self, g: Tensor, factor: Amount, scale: Amount = 1.0, possible: Tensor | None = None, in_place: bool = False
     ) -> Tensor:
         """Scale g + factor t."""
-        shares = self.shares(g, possible)
-        g = _scaled(g, scale, in_place)
+        shares = self._weighted(g, possible)
         if isinstance(factor, Tensor):
             shares, factor = shares * column(factor), 1.0
-        return g.add_(shares, alpha=factor) if in_place else torch.add(g, shares, alpha=factor)
-
-    def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
-        """The shares of the classes, in a shape that broadcasts to that of ``like``."""
-        raise NotImplementedError
-
-    def written(self, like: Tensor, factor: Amount) -> Tensor:
-        """Factor t in a new tensor, without a graph."""
-        return self.add_to(torch.zeros_like(like, requires_grad=False), factor, in_place=True)
-
-    def weighted(self, shares: Tensor, like: Tensor) -> Tensor:
-        """Shares times the class weights."""
-        if self.class_weight is None:
-            return shares
-        return shares * self.class_weight.view(1, -1, *[1] * (like.dim() - 2))
+        if not in_place:
+            return torch.add(_scaled(g, scale), shares, alpha=factor)
+        if shares.shape[1] == 1 and not isinstance(scale, Tensor):
+            return torch.add(shares * factor, g, alpha=scale, out=g)  # one pass
+        return _scaled(g, scale, in_place=True).add_(shares, alpha=factor)
 
     def rows(self, chosen: slice) -> Self:
         """The same for some rows of dimension 0."""
         own = {name: value[chosen] for name, value in tensors(self) if name != "class_weight" and value.dim()}
         return replace(self, **own)
+
+    def _weighted(self, like: Tensor, possible: Tensor | None) -> Tensor:
+        if possible is None and self._shares is not None:
+            return self._shares
+        shares = self.shares(like, possible)
+        if self.class_weight is not None:
+            shares = shares * self.class_weight.view(1, -1, *[1] * (like.dim() - 2))
+        self._shares = shares if possible is None else None
+        return shares
 
 
 @dataclass(eq=False)
@@ -124,10 +130,7 @@ class Label(Term):
 
     def claim(self, possible: Tensor) -> Tensor:
         """The row's class is meant."""
-        if torch.compiler.is_compiling():
-            return possible | self._is_label(possible)
-        index = self.index.unsqueeze(1)
-        return possible.scatter(1, index, torch.ones_like(index, dtype=torch.bool))
+        return possible | self._is_label(possible)
 
     def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
         """The amount."""
@@ -135,8 +138,6 @@ class Label(Term):
 
     def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
         """amount x_y."""
-        if possible is None and is_zero(self.amount):
-            return 0.0
         at_label = x.gather(1, self.index.unsqueeze(1)).squeeze(1)
         return self.amount * at_label if possible is None else product(self.amount, at_label)
 
@@ -148,10 +149,7 @@ class Label(Term):
         amount, index = self.amount * factor, self.index.unsqueeze(1)
         if torch.compiler.is_compiling():
             return torch.where(self._is_label(g), g + column(amount), g)
-        if not isinstance(amount, Tensor):
-            if in_place:
-                return g if amount == 0.0 else g.scatter_(1, index, amount, reduce="add")
-            amount = g.new_full((), amount)
+        amount = amount if isinstance(amount, Tensor) else g.new_full((), amount)
         value = column(amount) if amount.dim() else amount.expand(index.shape)
         return g.scatter_add_(1, index, value) if in_place else g.scatter_add(1, index, value)
 
@@ -174,46 +172,13 @@ class Even(Term):
         """An amount of 0."""
         return is_zero(self.amount)
 
-    def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
-        """The amount, if the classes have no weights."""
-        if self.class_weight is None:
-            return self.amount
-        if possible is None:
-            return self.amount * (self.class_weight.sum() / x.shape[1])
-        return self.shares(x, possible).sum(1)
-
-    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
-        """amount / K times the sum of the logits."""
-        if possible is not None:
-            return super().inner(x, possible)
-        return self.amount / x.shape[1] * self.weighted(x, x).sum(1)
-
-    def add_to(
-        self, g: Tensor, factor: Amount, scale: Amount = 1.0, possible: Tensor | None = None, in_place: bool = False
-    ) -> Tensor:
-        """One pass where the scale is a number."""
-        if not in_place or self.class_weight is not None or isinstance(scale, Tensor):
-            return super().add_to(g, factor, scale, possible, in_place)
-        share = self.shares(g, possible)
-        return torch.add(share * column(factor), g, alpha=scale, out=g)
-
-    def written(self, like: Tensor, factor: Amount) -> Tensor:
-        """One value per row, repeated."""
-        if self.class_weight is not None:
-            return super().written(like, factor)
-        share = self.amount * (factor / like.shape[1])
-        if isinstance(share, Tensor) and share.dim():
-            return share.unsqueeze(1).expand(like.shape).contiguous()
-        return torch.full_like(like, share, requires_grad=False)
-
     def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
-        """amount / K, of which every class has one."""
-        if possible is None:
-            share = column(self.amount / max(like.shape[1], 1))
-            share = share if isinstance(share, Tensor) else like.new_full((1,) * like.dim(), share)
-            return self.weighted(share, like)
-        share = column(self.amount) / possible.sum(1, keepdim=True).clamp(min=1)
-        return self.weighted(torch.where(possible, share, 0.0).to(like.dtype), like)
+        """amount / K; of impossible classes 0."""
+        amount = column(self.amount)
+        if possible is not None:
+            return torch.where(possible, amount / possible.sum(1, keepdim=True), 0.0).to(like.dtype)
+        share = amount / max(like.shape[1], 1)
+        return share if isinstance(share, Tensor) and share.dim() else like.new_zeros((1,) * like.dim()) + share
 
 
 @dataclass(eq=False)
@@ -234,7 +199,7 @@ class Given(Term):
         """Amount times probabilities."""
         if is_zero(self.amount):
             return torch.zeros_like(self.probabilities)
-        return self.weighted(column(self.amount) * self.probabilities, like)
+        return column(self.amount) * self.probabilities
 
 
 @dataclass(eq=False)
@@ -256,7 +221,6 @@ class Prediction(Term):
     shift: Amount = 0.0
     largest: Tensor | None = None
     log_sum: Tensor | None = None
-    _q: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def is_absent(self) -> bool:
@@ -268,41 +232,21 @@ class Prediction(Term):
         plain = self.class_weight is None and is_zero(self.shift)
         return self.amount if plain else super().mass(x, possible)
 
-    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
-        """Amount times the mean of x under q, where nothing is shifted or weighted."""
-        if possible is not None or self.class_weight is not None or not is_zero(self.shift):
-            return super().inner(x, possible)
-        return self.amount * (self.probabilities(x.dtype) * x).sum(1)
-
-    def add_to(
-        self, g: Tensor, factor: Amount, scale: Amount = 1.0, possible: Tensor | None = None, in_place: bool = False
-    ) -> Tensor:
-        """Without a pass for the amount, where that is a number."""
-        simple = in_place and self.class_weight is None and is_zero(self.shift)
-        if not simple or isinstance(self.amount, Tensor) or isinstance(factor, Tensor):
-            return super().add_to(g, factor, scale, possible, in_place)
-        return _scaled(g, scale, in_place).add_(self.probabilities(g.dtype), alpha=self.amount * factor)
-
     def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
         """max(amount q + shift, 0)."""
-        if is_zero(self.amount):
-            shares = like.new_zeros(like.shape)
-        else:
-            shares = column(self.amount) * self.probabilities(like.dtype)
-        if not is_zero(self.shift):
-            shift = like.new_zeros(()) + self.shift
-            shares = (shares + (shift if possible is None else torch.where(possible, shift, shift.clamp(max=0.0)))).relu()
-        return self.weighted(shares, like)
+        absent = is_zero(self.amount)  # then the teacher may be anything
+        shares = like.new_zeros(like.shape) if absent else column(self.amount) * self.probabilities(like.dtype)
+        if is_zero(self.shift):
+            return shares
+        shift = like.new_zeros(()) + self.shift
+        return (shares + (shift if possible is None else torch.where(possible, shift, shift.clamp(max=0.0)))).relu()
 
     def probabilities(self, dtype: torch.dtype) -> Tensor:
-        """q, computed once."""
-        if self._q is None:
-            scaled = self.scaled_logits(dtype)
-            if self.largest is None or self.log_sum is None:
-                self._q = torch.softmax(scaled, 1, dtype=dtype)
-            else:
-                self._q = (scaled - self.largest.unsqueeze(1) - self.log_sum.unsqueeze(1)).exp()
-        return self._q
+        """q."""
+        scaled = self.scaled_logits(dtype)
+        if self.largest is None or self.log_sum is None:
+            return torch.softmax(scaled, 1, dtype=dtype)
+        return (scaled - self.largest.unsqueeze(1) - self.log_sum.unsqueeze(1)).exp()
 
     def normalized(self, dtype: torch.dtype) -> Prediction:
         """The same term, with the largest logit and the log-sum of each row known."""
@@ -361,14 +305,6 @@ class SoftLabel:
             g, scale = term.add_to(g, factor, scale, possible, in_place), 1.0
         return g
 
-    def written(self, like: Tensor) -> Tensor:
-        """-weight t of every class in a new tensor, without a graph."""
-        first, *others = self.terms
-        g = first.written(like, -self.weight)
-        for term in others:
-            g = term.add_to(g, -self.weight, in_place=True)
-        return g
-
     def possible(self, logits: Tensor) -> Tensor:
         """Classes that can have a share: those whose logit is not -inf, and those that a label says are true."""
         possible = logits != -torch.inf
@@ -404,7 +340,7 @@ class SoftLabel:
 
 def tensors(term: Term) -> list[tuple[str, Tensor]]:
     """The fields of a term that are tensors."""
-    return [(name, value) for name, value in vars(term).items() if isinstance(value, Tensor) and name != "_q"]
+    return [(name, value) for name, value in vars(term).items() if isinstance(value, Tensor) and name != "_shares"]
 
 
 def is_zero(amount: Amount) -> bool:
@@ -419,7 +355,7 @@ def _total(amounts: Iterator[Any]) -> Any:
     return first
 
 
-def _scaled(g: Tensor, scale: Amount, in_place: bool) -> Tensor:
+def _scaled(g: Tensor, scale: Amount, in_place: bool = False) -> Tensor:
     if not isinstance(scale, Tensor) and scale == 1.0:
         return g
     return g.mul_(column(scale)) if in_place else g * column(scale)

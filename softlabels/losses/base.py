@@ -1,4 +1,4 @@
-"""What all losses share: the options of nn.CrossEntropyLoss, checked whenever they are set, and a repr that shows them."""
+"""What all losses share: the options of nn.CrossEntropyLoss, checked whenever they are set, and a repr of them."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ class SoftLabelLoss(nn.Module):
 
     def rows(self, input: Tensor, target: Tensor, sample_weight: Tensor | None, *, counts: bool = False) -> Rows:
         """Check the arguments of a call."""
-        return prepare(
-            input, target, self.weight, sample_weight, self.ignore_index, self.reduction, counts=counts
-        )
+        return prepare(input, target, self.weight, sample_weight, self.ignore_index, self.reduction, counts=counts)
 
     @property
     def in_training(self) -> bool:

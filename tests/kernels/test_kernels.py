@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import softlabels
 from softlabels import functional
-from softlabels.kernels import Even, Given, Label, Prediction, SoftLabel, dispatch, eager, ordering
+from softlabels.kernels import Even, Given, Label, Prediction, SoftLabel, eager, ordering
 
 each_loss = pytest.mark.parametrize("case", CASES, ids=repr)
 

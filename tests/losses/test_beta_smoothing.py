@@ -117,7 +117,11 @@ UNUSUAL = {
 def test_every_implementation_gives_the_same(changed):
     """Value, gradient and the generator's next numbers."""
     logits = torch.tensor([[0.3, 1.0, 2.0], [9.0, 1.0, -7.0], [0.0, 0.1, 0.2], [-3.0, -80.0, 90.0]])
-    arguments = {"input": logits, "target": torch.tensor([0, 0, 2, 1]), "confidence": torch.tensor([0.2, 0.9, 0.2, 0.1])}
+    arguments = {
+        "input": logits,
+        "target": torch.tensor([0, 0, 2, 1]),
+        "confidence": torch.tensor([0.2, 0.9, 0.2, 0.1]),
+    }
     arguments |= changed
     arguments["input"] = arguments["input"].clone().requires_grad_()
     results = []
