@@ -7,12 +7,13 @@ current figure are left alone. Text and lines take the colours of the axes' styl
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from softlabels.functional import _checks
+from softlabels.functional._rows import check_labels
 from softlabels.metrics import _rows
 from softlabels.metrics.calibration import ReliabilityCurve
 
@@ -23,9 +24,13 @@ __all__ = ["reliability_diagram", "soft_labels"]
 
 # Of middling luminance: contrast of at least 3 with white paper and with dark pages, and different in grey.
 BLUE, ORANGE, GREY = "#2f81c1", "#dd7e33", "#8c8c8c"
+MARKERS = "osD^v"  # told apart in print
+CALIBRATED = "as right as sure"  # the diagonal, drawn once
 
 
-def reliability_diagram(curve: ReliabilityCurve, *, ax: Axes | None = None, title: str | None = None) -> Axes:
+def reliability_diagram(
+    curve: ReliabilityCurve, *, ax: Axes | None = None, title: str | None = None, label: str | None = None
+) -> Axes:
     """Draw accuracy against confidence.
 
     Bars are the accuracy of each bin; hatched is the gap between it and the bin's mean confidence, the error of
@@ -33,18 +38,24 @@ def reliability_diagram(curve: ReliabilityCurve, *, ax: Axes | None = None, titl
     that a large gap of few samples looks as small as it counts. On the diagonal, predictions are right as often as
     they are sure.
 
+    With a ``label``, the dots are joined by a line instead, and the error stands in the legend: curves are compared by
+    drawing one after the other on the same axes.
+
     Args:
         curve: From [`reliability_curve`][softlabels.metrics.reliability_curve], or from the method of that name of
             [`CalibrationError`][softlabels.metrics.CalibrationError].
         ax: Matplotlib axes to draw on. None: those of a new figure, ``ax.figure``, which pyplot does not know.
-        title: Written above, before the expected calibration error. None: the error alone.
+        title: Written above; without a label, before the expected calibration error. None: the error alone, or the
+            title that the axes have.
+        label: Name of the curve, for a diagram of several.
 
     Returns:
         The axes.
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: ``curve`` is not a reliability curve.
+        TypeError: ``curve`` is not a reliability curve, or ``ax`` is not axes.
+        ValueError: ``curve`` is class-wise.
 
     Example:
         >>> import torch
@@ -54,6 +65,10 @@ def reliability_diagram(curve: ReliabilityCurve, *, ax: Axes | None = None, titl
         >>> ax = reliability_diagram(reliability_curve(logits, target), title="untrained")
         >>> ax.get_title().startswith("untrained, ECE ")
         True
+        >>> ax = reliability_diagram(reliability_curve(logits, target), label="untrained", title="digits")
+        >>> ax = reliability_diagram(reliability_curve(logits / 3, target), label="divided by 3", ax=ax)
+        >>> [text.get_text().split(",")[0] for text in ax.get_legend().get_texts()]
+        ['as right as sure', 'untrained', 'divided by 3']
 
     Reference:
         Guo et al., *On Calibration of Modern Neural Networks*, 2017, Fig. 1.
@@ -63,22 +78,35 @@ def reliability_diagram(curve: ReliabilityCurve, *, ax: Axes | None = None, titl
             f"curve must be a ReliabilityCurve, such as softlabels.metrics.reliability_curve(logits, target) returns, "
             f"got {type(curve).__name__}"
         )
+    if curve.count.dim() != 1:
+        raise ValueError(
+            f"curve must be of the most likely class, (B,), got class-wise curves of shape {tuple(curve.count.shape)}"
+        )
     ax = _axes(ax)
     ink = ax.xaxis.label.get_color()
+    if CALIBRATED not in ax.get_legend_handles_labels()[1]:
+        ax.plot([0, 1], [0, 1], color=ink, linestyle="--", linewidth=1.0, label=CALIBRATED)
     filled = curve.count > 0
-    confidence, accuracy, count = (x[filled].tolist() for x in (curve.confidence, curve.accuracy, curve.count))
-    left, right = curve.edges[:-1][filled].tolist(), curve.edges[1:][filled].tolist()
-    widths = [b - a for a, b in zip(left, right, strict=True)]
-    gaps = [c - a for c, a in zip(confidence, accuracy, strict=True)]
-    bars = functools.partial(ax.bar, left, width=widths, align="edge", linewidth=0.8)
-    bars(accuracy, color=BLUE, edgecolor=ink, label="accuracy")
-    bars(gaps, bottom=accuracy, facecolor="none", edgecolor=ORANGE, hatch="////", label="gap to confidence")
-    ax.plot([0, 1], [0, 1], color=ink, linestyle="--", linewidth=1.0)
-    areas = [400.0 * n / max(sum(count), 1) for n in count]
-    ax.scatter(confidence, accuracy, areas, color=ORANGE, edgecolors=ink, linewidths=0.8, zorder=3, clip_on=False)
+    weight = curve.count if curve.weight is None else curve.weight
+    confidence, accuracy = curve.confidence[filled].tolist(), curve.accuracy[filled].tolist()
+    areas = (400.0 * weight[filled] / weight.sum()).tolist()
+    error = f"ECE {100 * curve.error().item():.1f} %"
+    if label is None:
+        color, marker = ORANGE, "o"
+        _bars(ax, curve, filled, ink)
+        ax.set_title(", ".join(filter(None, [title, error])))
+    else:
+        earlier = len(ax.lines) - 1
+        color, marker = (BLUE, ORANGE, GREY)[earlier % 3], MARKERS[earlier % len(MARKERS)]
+        ax.plot(confidence, accuracy, color=color, marker=marker, markersize=4.0, label=f"{label}, {error}")
+        if title is not None:
+            ax.set_title(title)
+    dots = functools.partial(ax.scatter, color=color, marker=marker, edgecolors=ink, linewidths=0.8, zorder=3)
+    dots(confidence, accuracy, areas, clip_on=False)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="confidence", ylabel="accuracy")
-    ax.set_title(", ".join(filter(None, [title, f"ECE {100 * curve.error().item():.1f} %"])))
-    ax.legend(loc="upper left", fontsize="small")
+    handles, labels = ax.get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))  # what was drawn twice is named once
+    ax.legend(named.values(), named.keys(), loc="upper left", fontsize="small")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -126,9 +154,11 @@ def soft_labels(targets: Tensor, target: Tensor, *, ax: Axes | None = None, titl
             f"targets must be soft labels (N, K) of a floating dtype, got {targets.dtype} of shape "
             f"{tuple(targets.shape)}"
         )
-    target, kept = _rows.labels(targets, target, ignore_index=-100, name="targets")
-    if not kept.all():
+    _rows.check_target(target, targets, "targets")
+    target = target.long()
+    if (target == -100).any():
         raise IndexError("target must hold the class of each row, got the ignored label -100; leave such rows out")
+    check_labels(target, targets.shape[1])
     total = targets.sum(1, dtype=torch.float64)
     bad = (targets.amin(1) < 0) | ~((total - 1.0).abs() < 0.01)
     if bad.any():
@@ -167,10 +197,25 @@ def soft_labels(targets: Tensor, target: Tensor, *, ax: Axes | None = None, titl
     return ax
 
 
+def _bars(ax: Axes, curve: ReliabilityCurve, filled: Tensor, ink: Any) -> None:
+    """The accuracy of each bin that holds samples, and the gap to its confidence."""
+    confidence, accuracy = curve.confidence[filled], curve.accuracy[filled]
+    left, right = curve.edges[:-1][filled], curve.edges[1:][filled]
+    bars = functools.partial(ax.bar, left.tolist(), width=(right - left).tolist(), align="edge", linewidth=0.8)
+    bars(accuracy.tolist(), color=BLUE, edgecolor=ink, label="accuracy")
+    hatched = functools.partial(bars, facecolor="none", edgecolor=ORANGE, hatch="////", label="gap to confidence")
+    hatched((confidence - accuracy).tolist(), bottom=accuracy.tolist())
+
+
 def _axes(ax: Axes | None) -> Axes:
     """The axes given, or those of a figure of its own."""
     try:
+        from matplotlib.axes import Axes
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError("softlabels.plotting needs matplotlib: pip install 'softlabels[plot]'") from error
-    return Figure(layout="constrained").subplots() if ax is None else ax
+    if ax is None:
+        return Figure(layout="constrained").subplots()
+    if not isinstance(ax, Axes):
+        raise TypeError(f"ax must be Axes, such as figure.subplots() returns, got {type(ax).__name__}")
+    return ax

@@ -13,6 +13,7 @@ The paper's own $\epsilon$ gives the true class $1 - \epsilon$ and every other c
 
 [`match_temperature`][softlabels.tuning.match_temperature] gives a teacher's soft labels the same average, so that
 self-distillation, label smoothing and Beta smoothing can be compared at equal smoothing (paper sec. 7.1).
+[`fit_temperature`][softlabels.tuning.fit_temperature] calibrates a trained model, which is what losses compete with.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ import functools
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from softlabels.functional import _checks
 from softlabels.metrics import _rows
+
+MAX_POWER = 1000  # of two, in float64: temperatures beyond make 0 or infinity of a logit
 
 __all__ = [
     "beta_concentration",
     "beta_to_smoothing",
     "beta_true_class",
     "confidence_penalty_optimum",
+    "fit_temperature",
     "label_smoothing_for",
     "match_temperature",
     "smoothing_to_beta",
@@ -58,7 +63,7 @@ def true_class_for(label_smoothing: float, num_classes: int) -> float:
     """
     _checks.check_fraction("label_smoothing", label_smoothing)
     _checks.check_classes(num_classes)
-    return 1.0 - label_smoothing + label_smoothing / num_classes
+    return float(1.0 - label_smoothing + label_smoothing / num_classes)
 
 
 def label_smoothing_for(true_class: float, num_classes: int) -> float:
@@ -83,7 +88,7 @@ def label_smoothing_for(true_class: float, num_classes: int) -> float:
     """
     _checks.check_classes(num_classes, at_least=2)
     _checks.check_number("true_class", true_class, low=1.0 / num_classes, high=1.0)
-    return min((1.0 - true_class) * num_classes / (num_classes - 1), 1.0)
+    return float(min((1.0 - true_class) * num_classes / (num_classes - 1), 1.0))
 
 
 def beta_concentration(true_class: float, alpha: float) -> float:
@@ -236,7 +241,8 @@ def match_temperature(
 
     $m$ is evaluated in float64 at temperatures a factor 2 apart, from far above the differences between the logits of
     a row down to below the smallest margin of a label, until the wanted average is bracketed or a peak or dip between
-    three of them may reach it; Brent's method does the rest.
+    three of them may reach it; Brent's method does the rest. A class whose logit is -inf, or as low as half the least
+    number of the dtype, is masked and says nothing about how far temperatures have to go.
 
     Args:
         teacher_logits: Logits (N, K) or (N, K, d1, ...) of the teacher on the training set.
@@ -264,29 +270,22 @@ def match_temperature(
     """
     _checks.check_number("alpha", alpha, low=0.0, high=1.0, high_open=True)
     _checks.check_fraction("true_class", true_class)
-    target, kept = _rows.labels(teacher_logits, target, ignore_index, name="teacher_logits")
-    rows = teacher_logits.detach().movedim(_rows.class_dim(teacher_logits), -1)[kept]
-    labels = target[kept]
-    widest, narrowest = _gaps(rows, labels)
-    if not math.isfinite(widest):
-        raise ValueError(
-            f"teacher_logits must hold at least one row that counts, and give each such row a softmax; got "
-            f"{len(rows)} rows that count, {int(rows.isfinite().any(1).sum())} of them with a finite logit, and "
-            f"{int(rows.isnan().sum())} nan"
-        )
+    rows, labels, kept = _rows_that_count(teacher_logits, target, ignore_index, "teacher_logits")
+    widest, narrowest = _gaps(rows, labels, kept)
 
     averages: list[float] = []
 
     def excess(log2_temperature: float) -> float:
         """Average soft-label value of the true class, less the wanted one."""
         scaled = functools.partial(_rows.true_class_log_odds, temperature=2.0**log2_temperature)
-        average = alpha + (1.0 - alpha) * _rows.by_chunks(scaled, rows, labels).sigmoid().mean().item()
-        averages.append(average)
-        return average - true_class
+        share = _rows.by_chunks(scaled, rows, labels).flatten()[kept].sigmoid_().mean().item()
+        averages.append(alpha + (1.0 - alpha) * share)
+        return averages[-1] - true_class
 
     # From where all classes are nearly alike down to where each row knows one class alone.
     tried: list[tuple[float, float]] = []  # (log2 T, excess)
-    for power in range(math.ceil(math.log2(widest)) + 24, math.floor(math.log2(narrowest)) - 7, -1):
+    softest = min(math.ceil(math.log2(widest)) + 24, MAX_POWER)
+    for power in range(softest, max(math.floor(math.log2(narrowest)) - 8, -MAX_POWER), -1):
         tried.append((float(power), excess(float(power))))
         root = _root_or_none(excess, tried[-3:])
         if root is not None:
@@ -297,25 +296,33 @@ def match_temperature(
     )
 
 
-def _gaps(rows: Tensor, labels: Tensor) -> tuple[float, float]:
+def _gaps(rows: Tensor, labels: Tensor, kept: Tensor) -> tuple[float, float]:
     """Largest difference between the logits of a row, and smallest between the label's and the best other one's.
 
-    Over (n, K); differences of 0 are left out, and 1 stands in where nothing differs. inf where there are no rows or
-    one of them has no softmax.
+    Differences of 0 are left out, and 1 stands in where nothing differs.
+
+    Raises:
+        ValueError: there are no rows, or one of them has no softmax.
     """
-    if len(rows) == 0 or rows.isnan().any() or not rows.amax(1).isfinite().all():
-        return math.inf, math.inf
-    lowest = rows.masked_fill(rows.isinf(), math.inf).amin(1).double()
-    widest = (rows.amax(1).double() - lowest).max().item()
-    margin = _rows.by_chunks(lambda x, y: _margin(_rows.below_top(x), y), rows, labels).abs()
-    margin = margin[(margin > 0) & margin.isfinite()]
-    narrowest = margin.min().item() if margin.numel() else 1.0
-    return widest or 1.0, min(narrowest, widest or 1.0)
+    ranges, margins = _rows.by_chunks(_range_and_margin, rows, labels).flatten(1)[:, kept]
+    if ranges.numel() == 0 or ranges.isnan().any():
+        raise ValueError(
+            f"teacher_logits must hold at least one row that counts, and give each such row a softmax; got "
+            f"{ranges.numel()} rows that count, {int(ranges.isnan().sum())} of them without one, and "
+            f"{_nans(rows, kept)} nan"
+        )
+    widest = ranges.max().item() or 1.0
+    margins = margins.abs()
+    margins = margins[(margins > 0) & margins.isfinite()]
+    return widest, min(margins.min().item() if margins.numel() else 1.0, widest)
 
 
-def _margin(logits: Tensor, target: Tensor) -> Tensor:
-    chosen = target.unsqueeze(1)
-    return logits.gather(1, chosen).squeeze(1) - logits.scatter(1, chosen, -math.inf).amax(1)
+def _range_and_margin(logits: Tensor, target: Tensor) -> Tensor:
+    """Largest difference between finite logits, and that of the label's to the best other; (2, n, d) from (n, K, d)."""
+    below, chosen = _masked_below_top(logits), target.unsqueeze(1)
+    lowest = below.masked_fill(below == -math.inf, 0.0).amin(1)
+    own = below.gather(1, chosen).squeeze(1)
+    return torch.stack([-lowest, own - below.scatter_(1, chosen, -math.inf).amax(1)])
 
 
 def _root_or_none(excess: Callable[[float], float], tried: list[tuple[float, float]]) -> float | None:
@@ -339,3 +346,97 @@ def _root_or_none(excess: Callable[[float], float], tried: list[tuple[float, flo
             if found.fun <= 0.0:
                 return float(brentq(excess, float(found.x), softer, xtol=1e-12))
     return None
+
+
+def fit_temperature(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> float:
+    r"""Temperature at which a model's predictions have the least cross-entropy: temperature scaling.
+
+    Minimises the mean negative log-likelihood $-\log [\mathrm{softmax}(f / T)]_y$ over $T > 0$. It is convex in
+    $1 / T$, with the derivative
+
+    $$\frac{1}{n} \sum_i \Big(\sum_c [\mathrm{softmax}(f_i / T)]_c f_{ic} - f_{i y_i}\Big),$$
+
+    so it has one minimum or none, and scipy's `brentq` finds where the derivative is 0, to 1e-12 of $\log_2 T$. A class
+    whose logit is -inf, or as low as half the least number of the dtype of ``logits``, is masked and takes no part.
+
+    Fit it on data that the model was not trained on, and divide the logits of other data by it.
+
+    Args:
+        logits: Logits (N, K) or (N, K, d1, ...).
+        target: Class indices of row shape.
+        ignore_index: Label of the rows that do not count.
+
+    Returns:
+        The temperature $T > 0$: over 1 for a model that is too sure, below 1 for one that is not sure enough.
+
+    Raises:
+        IndexError: a label is neither a class nor ``ignore_index``.
+        ValueError: no temperature is best. Where every label has the largest logit of its row, the likelihood rises for
+            ever as $T \to 0$; where the labels' logits are on average no larger than the mean logit of their row, as
+            $T \to \infty$. Or no rows count; a logit is nan or +inf; or a label is of a masked class.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.tuning import fit_temperature
+        >>> logits = torch.tensor([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])  # sure at 0.98
+        >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # right at 0.75 = 1 / (1 + exp(-4 / T))
+        3.641
+
+    Reference:
+        Guo et al., *On Calibration of Modern Neural Networks*, 2017, sec. 4.2.
+    """
+    from scipy.optimize import brentq  # scipy takes longer to import than softlabels
+
+    rows, labels, kept = _rows_that_count(logits, target, ignore_index, "logits")
+
+    def slope(temperature: float) -> float:
+        """Mean over rows of the expected logit less that of the label: the derivative by 1 / T."""
+        expected = functools.partial(_expected_less_own, temperature=temperature)
+        return _rows.by_chunks(expected, rows, labels).flatten()[kept].mean().item()
+
+    hard, soft = slope(0.0), slope(math.inf)
+    if not (math.isfinite(hard) and math.isfinite(soft)):
+        raise ValueError(
+            "logits must hold at least one row that counts, be neither nan nor +inf, and give the label of each such "
+            f"row a logit that is not masked; got {int(kept.sum())} rows that count and {_nans(rows, kept)} nan"
+        )
+    if hard <= 0.0:
+        raise ValueError(
+            "no temperature is best: each label has the largest logit of its row, so that the likelihood rises for "
+            "ever as the temperature falls to 0; fit it on data that the model was not trained on"
+        )
+    if soft >= 0.0:
+        raise ValueError(
+            "no temperature is best: the logits of the labels are on average no larger than the mean logit of their "
+            "row, so that the likelihood rises for ever with the temperature; do logits and target belong together?"
+        )
+    power, step = 0.0, 1.0 if slope(1.0) > 0.0 else -1.0
+    while (slope(2.0 ** (power + step)) > 0.0) == (step > 0.0):
+        power += step
+        step *= 2.0
+    return float(2.0 ** brentq(lambda u: slope(2.0**u), power, power + step, xtol=1e-12))
+
+
+def _expected_less_own(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Mean logit under softmax(logits / T), T = 0 and infinity included, less the label's: (n, d) from (n, K, d)."""
+    below = _masked_below_top(logits)
+    own = below.gather(1, target.unsqueeze(1)).squeeze(1)
+    if temperature == 0.0:
+        return -own
+    odds = (below / temperature).exp_() if math.isfinite(temperature) else (below > -math.inf).double()
+    return (odds * below.clamp_(min=torch.finfo(torch.float64).min)).sum(1) / odds.sum(1) - own
+
+
+def _rows_that_count(logits: Tensor, target: Tensor, ignore_index: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked logits and class indices, and which of the flattened rows count."""
+    rows, labels, weight = _rows.checked(logits, target, None, True, ignore_index, name)
+    return rows.detach(), labels, weight.flatten() > 0
+
+
+def _masked_below_top(logits: Tensor) -> Tensor:
+    """Logits less the largest of their row, in float64; -inf where one is as low as half the least of its dtype."""
+    return _rows.below_top(logits.masked_fill(logits <= torch.finfo(logits.dtype).min / 2, -math.inf))
+
+
+def _nans(rows: Tensor, kept: Tensor) -> int:
+    return int(rows.movedim(_rows.class_dim(rows), -1).reshape(len(kept), -1)[kept].isnan().sum())

@@ -189,39 +189,59 @@ def true_class_probability(logits: Row, label: int) -> Decimal:
         return 1 / (1 + others)
 
 
-def differential_entropy(values: Sequence[Decimal], k: int) -> float:
-    """Eq. 5 by the k-th nearest neighbour; a group of m > k equal values fills the cell around it."""
-    n = len(values)
+def differential_entropy(values: Sequence[Decimal], k: int, weights: Sequence[float] | None = None) -> float:
+    """Eq. 5 by the k-th nearest neighbour among distinct values; values that are mass fill the cells around them."""
+    weights = [1.0] * len(values) if weights is None else weights
+    total = sum(weights)
     distinct = sorted(set(values))
-    total = 0.0
+    repeats = [sum(v == d for v in values) for d in distinct]
+    share = [sum(w for v, w in zip(values, weights, strict=True) if v == d) / total for d in distinct]
+    if len(distinct) == 1:
+        return math.log(2.0**-52)
     with localcontext(Context(prec=400)):
-        for i in range(n):
-            distances = sorted(abs(values[i] - values[j]) for j in range(n) if j != i)
-            width, neighbors = 2 * distances[k - 1], k
-            if width == 0:
-                neighbors = sum(v == values[i] for v in values)
-                smaller = [values[i] - v for v in distinct if v < values[i]]
-                larger = [v - values[i] for v in distinct if v > values[i]]
-                gaps = [min(side) for side in (smaller, larger) if side]
-                width = sum(gaps) / len(gaps) if gaps else Decimal(2) ** -52
-            total += float(width.ln()) - digamma(neighbors)
-    return float(digamma(n)) + total / n
+        gaps = [b - a for a, b in itertools.pairwise(distinct)]
+        beside_repeats = [
+            float(min(a, b) / max(a, b))
+            for (a, b), m in zip(itertools.pairwise(gaps), repeats[1:-1], strict=True)
+            if m > 1
+        ]
+        even = bool(beside_repeats) and sum(beside_repeats) / len(beside_repeats) > 2 / 3
+        few = len(distinct) < 50 and len(values) >= 2 * len(distinct)
+        mass = [even or few or m > 16 for m in repeats]
+        if mass.count(False) <= k:
+            mass = [True] * len(distinct)
+        entropy = 0.0
+        for i, v in enumerate(distinct):
+            if mass[i]:
+                below = gaps[i - 1] / 2 if i > 0 else min(gaps[0] / 2, v)
+                above = gaps[i] / 2 if i < len(gaps) else min(gaps[-1] / 2, 1 - v)
+                entropy += share[i] * (float((below + above).ln()) - math.log(share[i]))
+        apart = [(v, s) for v, s, m in zip(distinct, share, mass, strict=True) if not m]
+        reach = max(k, math.isqrt(len(apart)))
+        for i, (v, s) in enumerate(apart):
+            distances = sorted(abs(v - other) for j, (other, _) in enumerate(apart) if j != i)
+            around = [apart[j][1] for j in range(len(apart)) if 0 < abs(j - i) <= reach]
+            density = len(apart) * sum(around) / len(around)
+            width = float((2 * distances[k - 1]).ln())
+            entropy += s * (float(digamma(len(apart))) - float(digamma(k)) + width - math.log(density))
+    return entropy
 
 
 def reliability_bins(
-    confidence: Row, correct: Sequence[bool], edges: Sequence[float]
-) -> list[tuple[int, float, float]]:
-    """Count, mean confidence and accuracy of the bins (lo, hi]; the first also holds its lower edge."""
+    confidence: Row, correct: Sequence[bool], edges: Sequence[float], weights: Row | None = None
+) -> list[tuple[float, float, float]]:
+    """Weight, mean confidence and accuracy of the bins (lo, hi]; the first also holds its lower edge."""
+    weights = [1] * len(confidence) if weights is None else weights
     bins = []
     for b, (lo, hi) in enumerate(itertools.pairwise(edges)):
         inside = [i for i, c in enumerate(confidence) if lo < c <= hi or (b == 0 and c <= lo)]
-        n = len(inside)
-        mean = math.fsum(confidence[i] for i in inside) / n if n else math.nan
-        bins.append((n, mean, sum(correct[i] for i in inside) / n if n else math.nan))
+        n = sum(weights[i] for i in inside)
+        mean = math.fsum(weights[i] * confidence[i] for i in inside) / n if n else math.nan
+        bins.append((n, mean, sum(weights[i] * correct[i] for i in inside) / n if n else math.nan))
     return bins
 
 
-def calibration_error(bins: Sequence[tuple[int, float, float]], norm: str) -> float:
+def calibration_error(bins: Sequence[tuple[float, float, float]], norm: str) -> float:
     """Guo et al. (2017), Eq. 3 (l1) and Eq. 5 (max)."""
     total = sum(n for n, _, _ in bins)
     gaps = [(n / total, abs(accuracy - confidence)) for n, confidence, accuracy in bins if n]

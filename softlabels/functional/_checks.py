@@ -92,7 +92,7 @@ def check_count(name: str, value: object) -> None:
 
 def check_classes(num_classes: object, at_least: int = 1) -> None:
     """``num_classes`` is a whole number of classes."""
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < at_least:
+    if not isinstance(num_classes, numbers.Integral) or isinstance(num_classes, bool) or int(num_classes) < at_least:
         raise ValueError(f"num_classes must be an int of at least {at_least}, got {num_classes!r}")
 
 

@@ -4,6 +4,8 @@ Functions of all predictions at once, and torchmetrics classes (extra ``softlabe
 batch and synchronised between processes. All take logits first and class indices second.
 """
 
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 from softlabels.metrics.calibration import ReliabilityCurve, calibration_error, reliability_curve
@@ -14,9 +16,6 @@ if TYPE_CHECKING:
     from softlabels.metrics.streaming import AveragePredictiveUncertainty, CalibrationError, ConfidenceDiversity
 
 __all__ = [
-    "AveragePredictiveUncertainty",
-    "CalibrationError",
-    "ConfidenceDiversity",
     "ReliabilityCurve",
     "average_predictive_uncertainty",
     "calibration_error",
@@ -24,6 +23,8 @@ __all__ = [
     "predictive_entropy",
     "reliability_curve",
 ]
+if importlib.util.find_spec("torchmetrics") is not None:  # what is public can be had: import *, help and inspect ask
+    __all__ += ["AveragePredictiveUncertainty", "CalibrationError", "ConfidenceDiversity"]
 
 _STREAMING = ("AveragePredictiveUncertainty", "CalibrationError", "ConfidenceDiversity")
 
@@ -33,14 +34,16 @@ def __getattr__(name: str) -> Any:
     if name not in _STREAMING:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        import torchmetrics  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(
+        from softlabels.metrics import streaming
+    except ImportError as error:
+        remedy = (
             f"softlabels.metrics.{name} needs torchmetrics: pip install 'softlabels[metrics]'. The functions of "
             "softlabels.metrics need nothing but torch."
-        ) from error
-    from softlabels.metrics import streaming
-
+        )
+        # `from softlabels.metrics import CalibrationError` would replace an AttributeError and its remedy.
+        asked_by = sys._getframe(1).f_globals.get("__name__")
+        kind = ImportError if asked_by == "importlib._bootstrap" else AttributeError
+        raise kind(remedy) from error
     return getattr(streaming, name)
 
 

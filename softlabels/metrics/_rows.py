@@ -13,56 +13,99 @@ from softlabels.functional._rows import check_labels
 CHUNK = {"cpu": 2**18, "other": 2**24}  # elements worked on at once: a cache's worth; 128 MiB of float64
 
 
-def labels(input: Tensor, target: Tensor, ignore_index: int, name: str = "input") -> tuple[Tensor, Tensor]:
-    """Check predictions against class indices; the indices, 0 where ignored, and which rows are kept."""
-    check_predictions(input, name)
+def checked(
+    input: Tensor,
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    from_logits: bool,
+    ignore_index: int,
+    name: str = "input",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check predictions, class indices and weights, and bring them to where float64 is: mps devices have none.
+
+    Args:
+        input: (K), (N, K) or (N, K, d1, ...).
+        target: Class indices of row shape. None: all rows count.
+        sample_weight: Of row shape; rows of weight 0 do not count. None: 1.
+        from_logits: False says that ``input`` holds probabilities.
+        ignore_index: Label of the rows that do not count.
+        name: What the caller calls ``input``.
+
+    Returns:
+        ``input``; the indices, 0 where ignored; and the weights in float64, 0 where ignored.
+    """
+    _checks.check_flag("from_logits", from_logits)
     _checks.check_ignore_index(ignore_index)
+    _check_predictions(input, name)
+    if target is not None:
+        check_target(target, input, name)
+    if sample_weight is not None:
+        _checks.check_like_rows("sample_weight", sample_weight, input, row_shape(input))
+    if input.device.type == "mps":
+        input = input.cpu()
+    wanted, num_classes = row_shape(input), input.shape[class_dim(input)]
+    if target is None:
+        target = input.new_zeros(wanted, dtype=torch.long)
+    target = target.reshape(wanted).to(input.device, torch.long)
+    ignored = target == ignore_index
+    target = target.masked_fill(ignored, 0)
+    check_labels(target, num_classes, f" or ignore_index={ignore_index}")
+    # Where labels cannot be read, those out of range fail as an index, as in torch; compiled code counts -1 from the end.
+    index = target.masked_fill(target < 0, num_classes).flatten()
+    weight = input.new_ones(num_classes, dtype=torch.float64).index_select(0, index).reshape(wanted)
+    weight = weight.masked_fill_(ignored, 0.0)
+    if sample_weight is not None:
+        weight = torch.where(ignored, 0.0, weight * sample_weight.detach().to(weight.device))
+        bad = ~((weight >= 0.0) & (weight < torch.inf))
+        if _checks.peek(bad.any()):
+            raise ValueError(f"sample_weight must be finite and not negative, got {weight[bad][0].item():g}")
+        weight = weight.masked_fill(bad, torch.nan)
+    return input if from_logits else _probabilities(input, weight), target, weight
+
+
+def _check_predictions(input: Tensor, name: str) -> None:
+    """Predictions are a tensor of a dtype that torch computes in, with at least two classes."""
+    _checks.check_input(input, name)
+    if input.dtype.itemsize == 1:
+        raise NotImplementedError(f"{name} must be of at least 16 bits, got {input.dtype}; pass {name}.float()")
+    if input.shape[class_dim(input)] < 2:
+        raise ValueError(
+            f"{name} must have at least two classes, got shape {tuple(input.shape)}; the one logit z of a sigmoid "
+            "becomes two by torch.cat([torch.zeros_like(z), z], 1)"
+        )
+
+
+def check_target(target: Tensor, input: Tensor, name: str) -> None:
+    """A target holds one class index per row."""
     _checks.check_tensor("target", target)
     _checks.check_device("target", target, input)
     wanted = row_shape(input)
+    fits = target.shape == wanted or (input.dim() == 1 and target.numel() == 1)
+    rule = f"target must hold class indices of shape {tuple(wanted)}"
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(
-            f"target must hold class indices of shape {tuple(wanted)}, got {target.dtype} of shape "
-            f"{tuple(target.shape)}; for class probabilities pass target.argmax(1)"
-        )
-    if target.shape != wanted and not (input.dim() == 1 and target.numel() == 1):
-        raise ValueError(
-            f"target must hold class indices of shape {tuple(wanted)} for {name} of shape {tuple(input.shape)}, got "
-            f"shape {tuple(target.shape)}"
-        )
-    target = target.reshape(wanted).long()
-    kept = target != ignore_index
-    target = target.masked_fill(~kept, 0)
-    num_classes = input.shape[class_dim(input)]
-    if target.device.type != "cpu":  # out of range fails in a device-side assertion, as in torch
-        target.new_empty(num_classes).index_select(0, target.flatten())
-    check_labels(target, num_classes, f" or ignore_index={ignore_index}")
-    return target, kept
+        remedy = "pass target.long()" if fits else "for class probabilities pass target.argmax(1)"
+        raise TypeError(f"{rule}, got {target.dtype} of shape {tuple(target.shape)}; {remedy}")
+    if not fits:
+        raise ValueError(f"{rule} for {name} of shape {tuple(input.shape)}, got shape {tuple(target.shape)}")
 
 
-def check_predictions(input: Tensor, name: str = "input") -> None:
-    """Predictions are a floating tensor with at least one class, where float64 exists."""
-    _checks.check_input(input, name)
-    if input.shape[class_dim(input)] == 0:
-        raise ValueError(f"{name} must have at least one class, got shape {tuple(input.shape)}")
-    if input.device.type == "mps":
-        raise NotImplementedError(f"metrics are computed in float64, which mps devices lack; pass {name}.cpu()")
+def _probabilities(input: Tensor, weight: Tensor) -> Tensor:
+    """Rows that count are probabilities; where looking is impossible, other ones become nan.
 
-
-def check_probabilities(input: Tensor, kept: Tensor | None = None) -> None:
-    """With ``from_logits=False``, the rows that count are probabilities, where looking costs nothing."""
-    if input.numel() == 0:
-        return
-    dim = class_dim(input)
+    Rounding to the dtype changes a sum by up to half a step of 1, and each probability by half a subnormal step: sums
+    may be four times as far off, and 1e-3 in any dtype.
+    """
+    dim, finfo = class_dim(input), torch.finfo(input.dtype)
     total, smallest = input.sum(dim, dtype=torch.float64), input.amin(dim)
-    tolerance = max(1e-3, 4 * torch.finfo(input.dtype).eps * input.shape[dim] ** 0.5)
-    bad = (smallest < 0) | ~((total - 1).abs() < tolerance)
-    bad = bad if kept is None else bad & kept
-    if _checks.peek(bad.any()):
+    tolerance = max(1e-3, 2 * finfo.eps + 2 * finfo.smallest_normal * finfo.eps * input.shape[dim])
+    bad = ((smallest < 0) | ~((total - 1).abs() < tolerance)) & (weight != 0)
+    seen = _checks.peek(bad.any())
+    if seen:
         raise ValueError(
             "with from_logits=False, input must hold class probabilities that sum to 1, got a row whose smallest value "
             f"is {smallest[bad][0].item():g} and whose sum is {total[bad][0].item():g}; logits need from_logits=True"
         )
+    return input if seen is False else input.masked_fill(bad.unsqueeze(dim), torch.nan)
 
 
 def below_top(logits: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ class ReliabilityCurve:
         count: (B,) Number of samples in each bin, int64.
         edges: (B + 1,) Bin b holds the confidences in (edges[b], edges[b + 1]], float64. Probabilities of a narrower
             dtype are compared with the edges rounded to that dtype.
+        weight: (B,) Summed sample weight of each bin, float64; what bins count for. None: ``count``.
+
+    The curves of class-wise calibration are stacked: (K, B), and with equal-mass bins (K, B + 1) edges.
 
     Example:
         >>> import torch
@@ -40,6 +43,7 @@ class ReliabilityCurve:
     accuracy: Tensor
     count: Tensor
     edges: Tensor
+    weight: Tensor | None = None
 
     def error(self, norm: str = "l1") -> Tensor:
         """Calibration error of this curve; see [`calibration_error`][softlabels.metrics.calibration_error].
@@ -48,19 +52,20 @@ class ReliabilityCurve:
             norm: ``"l1"``, ``"l2"`` or ``"max"``.
 
         Returns:
-            A float64 scalar, nan for a curve of no samples.
+            A float64 scalar, nan for a curve of no samples. Of class-wise curves: the mean over classes.
 
         Raises:
             ValueError: ``norm`` is another.
         """
         _checks.check_choice("norm", norm, NORMS)
         gap = torch.where(self.count > 0, (self.accuracy - self.confidence).abs(), 0.0).double()
-        share = self.count.double() / self.count.sum()  # nan without samples, and so is the error
+        weight = (self.count if self.weight is None else self.weight).double()
+        share = weight / weight.sum(-1, keepdim=True)  # nan without samples, and so is the error
         if norm == "l1":
-            return (share * gap).sum()
+            return (share * gap).sum(-1).mean()
         if norm == "l2":
-            return (share * gap**2).sum().sqrt()
-        return (gap + 0.0 * share).max()
+            return (share * gap**2).sum(-1).sqrt().mean()
+        return (gap + 0.0 * share).amax(-1).mean()
 
 
 def calibration_error(
@@ -70,6 +75,8 @@ def calibration_error(
     n_bins: int = 15,
     norm: str = "l1",
     binning: str = "equal-width",
+    classwise: bool = False,
+    sample_weight: Tensor | None = None,
     from_logits: bool = True,
     ignore_index: int = -100,
 ) -> Tensor:
@@ -85,13 +92,19 @@ def calibration_error(
     for ``norm`` ``"l1"`` (the expected calibration error, ECE), ``"l2"`` and ``"max"``. Bins are open on the left and
     closed on the right; a confidence of exactly 1 is in the last bin, one of exactly 0 in the first.
 
+    Class-wise, the probability of class $k$ is held against how often the label is $k$, over all samples: the error of
+    each class has $\mathrm{conf}_b$ of its probabilities and $\mathrm{acc}_b$ of its labels, and the result is their
+    mean over the $K$ classes. The probabilities of all classes are kept in float64 then.
+
     Args:
         input: Logits (K), (N, K) or (N, K, d1, ...) of any floating dtype.
         target: Class indices of row shape.
         n_bins: Number of bins. The paper's scripts use 20.
         norm: ``"l1"``, ``"l2"`` or ``"max"``.
         binning: ``"equal-width"``: bins of the same width on [0, 1]. ``"equal-mass"``: bins that each hold the same
-            number of samples, but that equal confidences share a bin.
+            number of samples (the same summed weight), but that equal confidences share a bin.
+        classwise: Of all classes instead of the most likely one.
+        sample_weight: Weights of row shape, not negative: a sample of weight 2 counts as two. None: 1.
         from_logits: False says that ``input`` holds class probabilities instead.
         ignore_index: Label of the rows that do not count.
 
@@ -114,12 +127,12 @@ def calibration_error(
 
     Reference:
         Guo et al., *On Calibration of Modern Neural Networks*, 2017, Eq. 3 and 5; used in Zhang & Sabuncu (2020),
-        sec. 7.
+        sec. 7. Class-wise: Kull et al., *Beyond Temperature Scaling*, 2019, Eq. 4.
     """
     _checks.check_choice("norm", norm, NORMS)
-    return reliability_curve(
-        input, target, n_bins=n_bins, binning=binning, from_logits=from_logits, ignore_index=ignore_index
-    ).error(norm)
+    check_bins(n_bins, binning, classwise)
+    predicted = events(input, target, sample_weight, classwise, from_logits, ignore_index)
+    return curve_of_events(*predicted, n_bins, binning, edge_dtype(input, from_logits)).error(norm)
 
 
 def reliability_curve(
@@ -128,6 +141,8 @@ def reliability_curve(
     *,
     n_bins: int = 15,
     binning: str = "equal-width",
+    classwise: bool = False,
+    sample_weight: Tensor | None = None,
     from_logits: bool = True,
     ignore_index: int = -100,
 ) -> ReliabilityCurve:
@@ -139,6 +154,8 @@ def reliability_curve(
         n_bins: Number of bins.
         binning: ``"equal-width"`` or ``"equal-mass"``, as in
             [`calibration_error`][softlabels.metrics.calibration_error].
+        classwise: A curve of each class, stacked, instead of one of the most likely class.
+        sample_weight: Weights of row shape, not negative. ``count`` is of samples all the same. None: 1.
         from_logits: False says that ``input`` holds class probabilities instead.
         ignore_index: Label of the rows that do not count.
 
@@ -162,72 +179,92 @@ def reliability_curve(
     Reference:
         Guo et al., *On Calibration of Modern Neural Networks*, 2017, sec. 2.
     """
+    check_bins(n_bins, binning, classwise)
+    predicted = events(input, target, sample_weight, classwise, from_logits, ignore_index)
+    return curve_of_events(*predicted, n_bins, binning, edge_dtype(input, from_logits))
+
+
+def check_bins(n_bins: int, binning: str, classwise: bool) -> None:
+    """Check the options that decide the bins."""
     _checks.check_count("n_bins", n_bins)
     _checks.check_choice("binning", binning, BINNINGS)
+    _checks.check_flag("classwise", classwise)
+
+
+def events(
+    input: Tensor, target: Tensor, sample_weight: Tensor | None, classwise: bool, from_logits: bool, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The probabilities of C events, which of them came true, -1 for none, and the weight; (C, n), (n,) and (n,).
+
+    Class-wise, the events are the K classes; else the one that the most likely class is the label. Float64.
+    """
+    input, target, weight = _rows.checked(input.detach(), target, sample_weight, from_logits, ignore_index)
+    dim = _rows.class_dim(input)
+    if classwise:
+        p = _rows.by_chunks(_softmax, input) if from_logits else input.movedim(dim, 0).double()
+        return p.reshape(len(p), -1), target.flatten(), weight.flatten()
+    p, predicted = _rows.by_chunks(_top_class, input) if from_logits else input.max(dim)
+    return p.double().reshape(1, -1), torch.where(predicted == target, 0, -1).flatten(), weight.flatten()
+
+
+def curve_of_events(
+    p: Tensor, true: Tensor, weight: Tensor, n_bins: int, binning: str, dtype: torch.dtype = torch.float64
+) -> ReliabilityCurve:
+    """The curve of all samples at once."""
     if binning == "equal-width":
-        return curve_of_sums(bin_sums(input, target, n_bins, from_logits, ignore_index))
-    confidence, correct, kept = _top_class(input, target, from_logits, ignore_index)
-    confidence, correct = confidence[kept], correct[kept]
-    n = confidence.numel()
-    last_of_bin = torch.arange(1, n_bins, device=confidence.device) * n // n_bins - 1
-    inner = confidence.sort().values[last_of_bin.clamp(min=0)] if n else confidence.new_zeros(n_bins - 1)
-    edges = torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
-    return curve_of_sums(_sums(confidence, correct, torch.bucketize(confidence, inner), n_bins), edges)
+        return curve_of_sums(equal_width_sums(p, true, weight, n_bins, dtype))
+    kept = weight != 0
+    p, true, weight = p[:, kept], true[kept], weight[kept]
+    inner = p.new_zeros(len(p), n_bins - 1)
+    if len(weight):
+        ascending, order = p.sort(1)
+        mass = weight[order].cumsum(1)
+        ends = torch.arange(1, n_bins, device=p.device) * mass[:, -1:] / n_bins
+        inner = ascending.gather(1, (torch.searchsorted(mass, ends, right=True) - 1).clamp(min=0))
+    edges = torch.cat([inner.new_zeros(len(p), 1), inner, inner.new_ones(len(p), 1)], 1)
+    return curve_of_sums(_sums(p, true, weight, inner), edges.squeeze(0))
 
 
-def bin_sums(input: Tensor, target: Tensor, n_bins: int, from_logits: bool, ignore_index: int) -> Tensor:
-    """Count, summed confidence and right predictions of each equal-width bin: (3, B) in float64, to be added up."""
-    confidence, correct, kept = _top_class(input, target, from_logits, ignore_index)
-    # A probability of 0.7 in the caller's dtype is on the edge 0.7, whatever both round to.
-    dtype = torch.float64 if from_logits else input.dtype
-    inner = equal_edges(n_bins, confidence.device)[1:-1].to(dtype).double()
-    index = torch.where(kept, torch.bucketize(confidence, inner), n_bins)  # a bin too many, for the ignored rows
-    return _sums(confidence, correct, index, n_bins + 1)[:, :n_bins]
+def edge_dtype(input: Tensor, from_logits: bool) -> torch.dtype:
+    """What edges are rounded to: a probability of 0.7 in the caller's dtype is on the edge 0.7, whatever both are."""
+    return torch.float64 if from_logits else input.dtype
+
+
+def equal_width_sums(p: Tensor, true: Tensor, weight: Tensor, n_bins: int, dtype: torch.dtype) -> Tensor:
+    """Sums of equal-width bins, (C, 4, B), to be added up."""
+    return _sums(p, true, weight, _equal_edges(n_bins, p)[1:-1].to(dtype).double().expand(len(p), -1))
 
 
 def curve_of_sums(sums: Tensor, edges: Tensor | None = None) -> ReliabilityCurve:
-    """Means of the bins, from their sums."""
-    count, confidence, correct = sums
-    edges = equal_edges(len(count), sums.device) if edges is None else edges
-    return ReliabilityCurve(confidence / count, correct / count, count.long(), edges)
+    """Means of the bins, from their sums (C, 4, B)."""
+    count, weight, confidence, true = sums.unbind(1) if len(sums) > 1 else sums[0]
+    edges = _equal_edges(count.shape[-1], sums) if edges is None else edges
+    return ReliabilityCurve(confidence / weight, true / weight, count.long(), edges, weight)
 
 
-def equal_edges(n_bins: int, device: torch.device) -> Tensor:
+def _equal_edges(n_bins: int, like: Tensor) -> Tensor:
     """Edges of equal-width bins, (B + 1,) in float64."""
-    return torch.arange(n_bins + 1, dtype=torch.float64, device=device) / n_bins
+    return torch.arange(n_bins + 1, dtype=torch.float64, device=like.device) / n_bins
 
 
-def _sums(confidence: Tensor, correct: Tensor, index: Tensor, n_bins: int) -> Tensor:
-    values = torch.stack([torch.ones_like(confidence), confidence, correct])
-    return values.new_zeros(3, n_bins).scatter_add_(1, index.expand(3, -1), values)
+def _sums(p: Tensor, true: Tensor, weight: Tensor, inner: Tensor) -> Tensor:
+    """Samples, weight, and weighted probability and truth of each event between inner edges (C, B - 1); (C, 4, B)."""
+    n_bins, sums = inner.shape[1] + 1, []
+    for number, (of_event, edges) in enumerate(zip(p, inner, strict=True)):
+        values = torch.stack([torch.ones_like(weight), weight, weight * of_event, weight * (true == number)])
+        # A bin too many, for what does not count.
+        index = torch.bucketize(of_event, edges).masked_fill(weight == 0, n_bins).expand(4, -1)
+        sums.append(values.new_zeros(4, n_bins + 1).scatter_add_(1, index, values)[:, :n_bins])
+    return torch.stack(sums)
 
 
-def _top_class(input: Tensor, target: Tensor, from_logits: bool, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest class probability (float64), whether its class is the label (float64), which rows count; each (n,)."""
-    _checks.check_flag("from_logits", from_logits)
-    target, kept = _rows.labels(input, target, ignore_index)
-    input = input.detach()
-    if not from_logits:
-        _rows.check_probabilities(input, kept)
-        largest, predicted = input.max(_rows.class_dim(input))
-        return largest.double().flatten(), (predicted == target).double().flatten(), kept.flatten()
-    total, correct = _rows.by_chunks(_compare_with_top_class, input, target)
-    # Where the total is 2 or more, another class may be as large as the label's: then the first of them is predicted.
-    doubtful = (correct > 0) & (total >= 2.0)
-    if _checks.peek(doubtful.any()):
-        rows = input.movedim(_rows.class_dim(input), -1)[doubtful]
-        correct[doubtful] = (rows.argmax(1) == target[doubtful]).double()
-    return (1.0 / total).flatten(), correct.flatten(), kept.flatten()
+def _softmax(logits: Tensor) -> Tensor:
+    """Probabilities, classes first: (K, n, d) from (n, K, d)."""
+    return logits.double().softmax(1).movedim(1, 0)
 
 
-def _compare_with_top_class(logits: Tensor, target: Tensor) -> Tensor:
-    """Probabilities' sum over that of the top class, and whether the label is the top class; (2, n, d) from (n, K, d).
-
-    On a CPU, where argmax is slow, a label that is as large as the top class counts as the top class.
-    """
-    total = _rows.below_top(logits).exp_().sum(1)
-    if logits.device.type == "cpu":
-        correct = (logits.gather(1, target.unsqueeze(1)) == logits.amax(1, keepdim=True)).squeeze(1)
-    else:
-        correct = logits.argmax(1) == target
-    return torch.stack([total, correct.double()])
+def _top_class(logits: Tensor) -> Tensor:
+    """Largest probability, and its class, the first of several as argmax has it; (2, n, d) from (n, K, d)."""
+    largest, predicted = logits.max(1)
+    total = logits.to(torch.float64, copy=True).sub_(largest.unsqueeze(1)).exp_().sum(1)
+    return torch.stack([1.0 / total, predicted.double()])

@@ -12,6 +12,12 @@ from softlabels.functional import _checks
 from softlabels.metrics import _rows
 
 ROUNDING = 2.0**-44  # error of log-odds relative to the largest: 256 steps of float64, for sums over many classes
+LARGEST = 708.0  # log-odds; beyond, the distance from 0 or 1 is less than the smallest normal float64
+REPEATS = 16  # how many equal confidences may be one sample that was seen again
+FEW = 50  # distinct confidences: fewer say too little about the distances between them
+EVEN = (
+    2 / 3
+)  # mean ratio of neighbouring gaps, the smaller to the larger: 2 log 2 - 1 = 0.39 of random values, 1 of a grid
 
 
 def confidence_diversity(
@@ -19,6 +25,7 @@ def confidence_diversity(
     target: Tensor,
     *,
     n_neighbors: int = 3,
+    sample_weight: Tensor | None = None,
     from_logits: bool = True,
     ignore_index: int = -100,
 ) -> Tensor:
@@ -32,16 +39,28 @@ def confidence_diversity(
     they are below one half and between distances from 1 elsewhere, both from log-odds in float64: the confidences
     of a trained model, which float32 rounds to 1, keep their spread.
 
-    Equal confidences (log-odds that agree to 13 digits of the largest) would give $\log 0$. A group of $m > k$ equal
-    values counts as $m$ values filling the cell around them: its $2 \varepsilon_i$ is the mean of the distances to the
-    next smaller and the next larger confidence (or to the only one there is), and $k$ is replaced by $m$. Where all
-    confidences are equal, the cell is as wide as the rounding step of float64 at 1, and the result is
+    Confidences are equal where their log-odds agree to 13 digits of the largest. Equal ones would give $\log 0$, so
+    that the sum is over the distinct confidences, each times its share $w_i$ of the samples (of the summed
+    ``sample_weight``):
+
+    - As repeats of one sample. Distances are among the $d$ distinct confidences, and the density there is theirs times
+      the mean share $\bar w_i$ of the nearest $\sqrt d$ on either side, relative to $1 / d$. So samples that are seen
+      twice, drawn with replacement, or oversampled have the density that new samples would have:
+      $\sum_i w_i \, (\psi(d) - \psi(k) + \log 2 \varepsilon_i - \log d \bar w_i)$.
+    - As mass: where more than 16 samples are equal; where the distinct confidences stand evenly, as rounding leaves
+      them (beside equal ones, the smaller gap is on average over 2/3 of the larger; 0.39 for random values); and where
+      they are few (no more than $k$, or fewer than 50 of two samples each). Mass fills the cell from midpoint to
+      midpoint, half a gap at the ends, cut at 0 and 1: $\sum_i w_i \log (\mathrm{cell}_i / w_i)$, at most 0 where all
+      are mass.
+
+    Where all confidences are equal, the cell is as wide as the rounding step of float64 at 1, and the result is
     $\log 2^{-52} = -36.04$. So it is never $-\infty$, and no sample is left out.
 
     Args:
         input: Logits (K), (N, K) or (N, K, d1, ...).
         target: Class indices of row shape.
         n_neighbors: $k \ge 1$. More neighbours: less variance, more smoothing of the density.
+        sample_weight: Weights of row shape, not negative: a sample of weight 2 counts as two. None: 1.
         from_logits: False says that ``input`` holds class probabilities instead; those that are rounded to 1 are then
             equal.
         ignore_index: Label of the rows that do not count.
@@ -70,82 +89,115 @@ def confidence_diversity(
         An Overview*, 1997.
     """
     _checks.check_count("n_neighbors", n_neighbors)
-    odds = true_class_log_odds(input, target, from_logits, ignore_index)
+    odds, weight = true_class_log_odds(input, target, sample_weight, from_logits, ignore_index)
     if odds.numel() <= n_neighbors:
         raise ValueError(
             f"n_neighbors={n_neighbors} needs at least {n_neighbors + 1} samples, got {odds.numel()} that count"
         )
-    return nearest_neighbor_entropy(odds, n_neighbors)
+    return nearest_neighbor_entropy(odds, weight, n_neighbors)
 
 
-def true_class_log_odds(input: Tensor, target: Tensor, from_logits: bool, ignore_index: int) -> Tensor:
-    """Log-odds of the true-class probability of the rows that count; (n,) in float64."""
-    _checks.check_flag("from_logits", from_logits)
-    target, kept = _rows.labels(input, target, ignore_index)
+def true_class_log_odds(
+    input: Tensor, target: Tensor, sample_weight: Tensor | None, from_logits: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Log-odds of the true-class probability, and weights, of the rows that count; (n,) in float64."""
+    input, target, weight = _rows.checked(input.detach(), target, sample_weight, from_logits, ignore_index)
     if from_logits:
-        odds = _rows.by_chunks(_rows.true_class_log_odds, input.detach(), target)
+        odds = _rows.by_chunks(_rows.true_class_log_odds, input, target)
     else:
-        _rows.check_probabilities(input, kept)
         dim = _rows.class_dim(input)
-        odds = torch.logit(input.detach().gather(dim, target.unsqueeze(dim)).squeeze(dim).double().clamp(0.0, 1.0))
-    return odds.flatten() if _checks.peek(kept.all()) else odds[kept]
+        odds = torch.logit(input.gather(dim, target.unsqueeze(dim)).squeeze(dim).double().clamp(0.0, 1.0))
+    kept = weight != 0
+    if _checks.peek(kept.all()):
+        return odds.flatten(), weight.flatten()
+    return odds[kept], weight[kept]
 
 
-def nearest_neighbor_entropy(odds: Tensor, n_neighbors: int) -> Tensor:
+def nearest_neighbor_entropy(odds: Tensor, weight: Tensor, n_neighbors: int) -> Tensor:
     """Differential entropy of the probabilities whose log-odds are given, (n,) with n > n_neighbors, float64."""
-    if odds.isnan().any():
+    if odds.isnan().any() or weight.isnan().any():
         return odds.new_tensor(math.nan)
-    # On a CPU, numpy's sort is several times as fast as torch's, which also says where each value was.
-    odds = torch.from_numpy(np.sort(odds.numpy())) if odds.device.type == "cpu" else odds.sort().values
+    odds = odds.clamp(-LARGEST, LARGEST)
+    weighted = not bool((weight == weight[0]).all())
+    if odds.device.type == "cpu" and not weighted:  # numpy's sort is several times as fast, but does not say the order
+        odds = torch.from_numpy(np.sort(odds.numpy()))
+    else:
+        odds, order = odds.sort()
     # Log-odds that differ by no more than the error of their sum over classes are equal, and get one value.
-    largest = torch.maximum(odds[-1], -odds[0]).clamp(1.0, 1e4)  # beyond 1e4 float64 has no probabilities
+    largest = torch.maximum(odds[-1], -odds[0]).clamp(min=1.0)
     starts = torch.cat([odds.new_ones(1, dtype=torch.bool), odds.diff() > ROUNDING * largest])
-    first_of = None if starts.all() else starts.nonzero().squeeze(1)
-    distinct = odds if first_of is None else odds[first_of]
-    # A value is its probability below one half, minus its distance from 1 above: both keep what 1 - p would round.
-    n, k = odds.numel(), n_neighbors
-    below_half = int(torch.searchsorted(distinct, distinct.new_zeros(1), right=True))
-    value = distinct.abs().neg_().sigmoid_()
-    value[below_half:].neg_()
-    if first_of is not None:
-        value = value[starts.cumsum(0) - 1]
-        below_half = int(first_of[below_half]) if below_half < len(first_of) else n
+    if not weighted and starts.all():
+        return _by_distances(odds, None, n_neighbors)
+    first = starts.nonzero().squeeze(1)
+    odds, repeats = odds[first], first.diff(append=first.new_tensor([starts.numel()]))
+    mass = repeats.double()
+    if weighted:
+        mass = torch.zeros_like(odds).index_add_(0, starts.cumsum(0) - 1, weight[order])
+    mass = mass / mass.sum()
 
-    def distances(steps: int) -> Tensor:
-        """From each value to that ``steps`` places above; (n - steps,)."""
-        apart: Tensor = value[steps:] - value[: n - steps]
-        apart[max(below_half - steps, 0) : below_half] += 1.0  # from below one half to above
-        return apart.clamp_(min=0.0)
+    if odds.numel() == 1:
+        return odds.new_tensor(torch.finfo(torch.float64).eps).log()
+    gaps, cells = _cells(odds)
+    ratio = torch.minimum(gaps[1:], gaps[:-1]) / torch.maximum(gaps[1:], gaps[:-1])
+    even = ratio[repeats[1:-1] > 1].mean() > EVEN  # a grid, to which confidences were rounded
+    few = odds.numel() < FEW and starts.numel() >= 2 * odds.numel()
+    apart = ~((repeats > REPEATS) | even | few)
+    apart &= apart.sum() > n_neighbors
+    entropy = (mass * (cells / mass).log())[~apart].sum()
+    return entropy + _by_distances(odds[apart], mass[apart], n_neighbors) if apart.any() else entropy
 
+
+def _by_distances(odds: Tensor, mass: Tensor | None, k: int) -> Tensor:
+    """Part of the entropy that distinct values have, from their k-th nearest neighbours, given the mass of each.
+
+    The density at a value is that of values, times the mean mass of those around it. None: all have the same mass, and
+    these are all there are.
+    """
+    value, below_half = _values(odds)
+    n = value.numel()
     # The k nearest of a value and itself are k + 1 consecutive values, and the k-th nearest is the farther end of
     # these. So try every window: `place` values below, k - place above.
-    to_upper = {steps: distances(steps) for steps in range(1, k + 1)}
+    to_upper = {steps: _apart(value, below_half, steps) for steps in range(1, k + 1)}
     radius = torch.cat([to_upper[k], to_upper[k].new_full((k,), torch.inf)])  # all above
     torch.minimum(radius[k:], to_upper[k], out=radius[k:])  # all below
     for place in range(1, k):
         own = slice(place, place + n - k)
         farther = torch.maximum(to_upper[place][: n - k], to_upper[k - place][own])
         torch.minimum(radius[own], farther, out=radius[own])
+    psi = torch.digamma(value.new_tensor([n, k]))
+    of_values = radius.log_() + (math.log(2.0) + psi[0] - psi[1])
+    if mass is None:
+        return of_values.mean()
+    reach, numbers = max(k, math.isqrt(n)), torch.arange(n, device=odds.device)
+    low, high = (numbers - reach).clamp(min=0), (numbers + reach + 1).clamp(max=n)
+    sums = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
+    around = (sums[high] - sums[low] - mass) / (high - low - 1)
+    return torch.dot(mass, of_values - (n * around).log())
 
-    entropy = torch.digamma(radius.new_tensor(float(n)))
-    tied = radius == 0
-    if not tied.any():
-        return entropy - torch.digamma(radius.new_tensor(float(k))) + radius.log().mean() + math.log(2.0)
-    cells, sizes = _cells(to_upper[1])
-    neighbors = torch.where(tied, sizes, float(k))
-    width = torch.where(tied, cells, 2.0 * radius)
-    return entropy - torch.digamma(neighbors).mean() + width.log().mean()
+
+def _values(odds: Tensor) -> tuple[Tensor, int]:
+    """Probability of each of ascending log-odds, less 1 where above one half, and how many are not.
+
+    Both keep what 1 - p would round.
+    """
+    below_half = int(torch.searchsorted(odds, odds.new_zeros(1), right=True))
+    value = odds.abs().neg_().sigmoid_()
+    value[below_half:].neg_()
+    return value, below_half
 
 
-def _cells(gaps: Tensor) -> tuple[Tensor, Tensor]:
-    """For n sorted values, given the n - 1 gaps between them: the cell of each group of equals, and its size."""
-    ends = gaps.nonzero().squeeze(1)
-    edges = torch.cat([ends.new_tensor([-1]), ends, ends.new_tensor([gaps.numel()])])
-    sizes = edges.diff()
-    if ends.numel() == 0:
-        cells = gaps.new_tensor([torch.finfo(torch.float64).eps])
-    else:
-        between = gaps[ends]
-        to_smaller, to_larger = torch.cat([between[:1], between]), torch.cat([between, between[-1:]])
-        cells = (to_smaller + to_larger) / 2.0
-    return cells.repeat_interleave(sizes), sizes.double().repeat_interleave(sizes)
+def _apart(value: Tensor, below_half: int, steps: int) -> Tensor:
+    """Distance from each value to that ``steps`` places above; (n - steps,)."""
+    distance = value[steps:] - value[:-steps]
+    distance[max(below_half - steps, 0) : below_half] += 1.0  # from below one half to above
+    return distance
+
+
+def _cells(odds: Tensor) -> tuple[Tensor, Tensor]:
+    """Gaps between n > 1 values, and the cells around them: from midpoint to midpoint, inside [0, 1]."""
+    value, below_half = _values(odds)
+    gaps = _apart(value, below_half, 1)
+    below = torch.minimum(gaps[:1] / 2, value[:1].remainder(1.0))  # half a gap, or as far as to 0
+    above = torch.minimum(gaps[-1:] / 2, value[-1:].neg().remainder(1.0))
+    halves = torch.cat([below, gaps / 2, above])
+    return gaps, halves[:-1] + halves[1:]

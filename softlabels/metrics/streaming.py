@@ -11,13 +11,25 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from softlabels.functional import _checks
-from softlabels.metrics.calibration import NORMS, ReliabilityCurve, bin_sums, curve_of_sums
+from softlabels.metrics.calibration import (
+    NORMS,
+    ReliabilityCurve,
+    check_bins,
+    curve_of_events,
+    curve_of_sums,
+    edge_dtype,
+    equal_width_sums,
+    events,
+)
 from softlabels.metrics.diversity import nearest_neighbor_entropy, true_class_log_odds
 from softlabels.metrics.uncertainty import entropy_sums
 
 
 class _Metric(Metric):
-    """A metric of predictions: the options that all share, and states in float64."""
+    """A metric of predictions: the options that all share, and states in float64.
+
+    States are replaced, never changed in place: those made under ``torch.inference_mode`` may not be, outside of it.
+    """
 
     is_differentiable = False
     full_state_update = False
@@ -34,7 +46,10 @@ class _Metric(Metric):
         """Follow `.to` to another device but not to another dtype: in bfloat16, a count stops at 256."""
 
         def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
+            try:
+                moved = fn(tensor)
+            except TypeError:  # a device without float64, such as mps: states stay where they are
+                return tensor
             return tensor.to(moved.device, torch.float64) if tensor.is_floating_point() else moved
 
         return super()._apply(move, *args, **kwargs)
@@ -64,8 +79,9 @@ class AveragePredictiveUncertainty(_Metric):
         **kwargs: Options of ``torchmetrics.Metric``.
 
     Shape:
-        ``update(input, target=None)``: logits (K), (N, K) or (N, K, d1, ...); class indices of row shape, which only
-        say which rows are left out. ``compute()``: a scalar in [0, log K], float64; nan without rows.
+        ``update(preds, target=None, sample_weight=None)``: logits (K), (N, K) or (N, K, d1, ...); class indices of row
+        shape, which only say which rows are left out; weights of row shape. ``compute()``: a scalar in [0, log K],
+        float64; nan without rows.
 
     Raises:
         ImportError: torchmetrics is not installed.
@@ -93,11 +109,11 @@ class AveragePredictiveUncertainty(_Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, input: Tensor, target: Tensor | None = None) -> None:
+    def update(self, preds: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> None:
         """Take a batch of predictions."""
-        total, count = entropy_sums(input, target, self.from_logits, self.ignore_index)
-        self.total += total
-        self.count += count
+        total, count = entropy_sums(preds.detach(), target, sample_weight, self.from_logits, self.ignore_index)
+        self.total = self.total + total
+        self.count = self.count + count
 
     def compute(self) -> Tensor:
         """Mean entropy so far."""
@@ -108,7 +124,7 @@ class ConfidenceDiversity(_Metric):
     r"""Differential entropy of the true-class probability, in nats, fed batch by batch.
 
     The value of [`confidence_diversity`][softlabels.metrics.confidence_diversity] over all batches of all processes.
-    Neighbours are found among all samples, so the state is one float64 per sample, 8 MB per million;
+    Neighbours are found among all samples, so the state is two float64 per sample, 16 MB per million;
     ``compute_on_cpu=True`` keeps it in main memory. (torchmetrics' wrapper ``Running`` does not support metrics that
     keep samples.)
 
@@ -119,8 +135,8 @@ class ConfidenceDiversity(_Metric):
         **kwargs: Options of ``torchmetrics.Metric``.
 
     Shape:
-        ``update(input, target)``: logits (K), (N, K) or (N, K, d1, ...); class indices of row shape. ``compute()``: a
-        scalar, float64; nan while no more than ``n_neighbors`` samples count.
+        ``update(preds, target, sample_weight=None)``: logits (K), (N, K) or (N, K, d1, ...); class indices and weights
+        of row shape. ``compute()``: a scalar, float64; nan while no more than ``n_neighbors`` samples count.
 
     Raises:
         ImportError: torchmetrics is not installed.
@@ -141,8 +157,8 @@ class ConfidenceDiversity(_Metric):
     """
 
     higher_is_better = None
-    plot_upper_bound = 0.0
     log_odds: list[Tensor]
+    weights: list[Tensor]
 
     def __init__(
         self, *, n_neighbors: int = 3, from_logits: bool = True, ignore_index: int = -100, **kwargs: Any
@@ -151,36 +167,43 @@ class ConfidenceDiversity(_Metric):
         _checks.check_count("n_neighbors", n_neighbors)
         self.n_neighbors = n_neighbors
         self.add_state("log_odds", [], dist_reduce_fx="cat")
+        self.add_state("weights", [], dist_reduce_fx="cat")
 
-    def update(self, input: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> None:
         """Take a batch of predictions and their labels."""
-        self.log_odds.append(true_class_log_odds(input, target, self.from_logits, self.ignore_index))
+        odds, weight = true_class_log_odds(preds, target, sample_weight, self.from_logits, self.ignore_index)
+        self.log_odds.append(odds)
+        self.weights.append(weight)
 
     def compute(self) -> Tensor:
         """Diversity so far."""
-        odds = dim_zero_cat(self.log_odds) if len(self.log_odds) else torch.zeros(0, dtype=torch.float64)
+        odds, weight = _joined(self.log_odds), _joined(self.weights)
         if odds.numel() <= self.n_neighbors:
             return odds.new_tensor(torch.nan)
-        return nearest_neighbor_entropy(odds, self.n_neighbors)
+        return nearest_neighbor_entropy(odds, weight, self.n_neighbors)
 
 
 class CalibrationError(_Metric):
-    r"""Calibration error of the most likely class, fed batch by batch.
+    r"""Calibration error, fed batch by batch.
 
     The value of [`calibration_error`][softlabels.metrics.calibration_error] over all batches of all processes, to
-    rounding in float64. The state is three sums per bin and does not grow with the data; equal-mass bins would need
-    all confidences, so the bins are of equal width.
+    rounding in float64. With equal-width bins the state is four sums per bin (and class) and does not grow with the
+    data. Equal-mass bins are found among all confidences: the state is three float64 per sample, 24 MB per million, or
+    K + 2 class-wise.
 
     Args:
-        n_bins: Number of equal-width bins.
+        n_bins: Number of bins.
         norm: ``"l1"`` (expected calibration error), ``"l2"`` or ``"max"``.
+        binning: ``"equal-width"`` or ``"equal-mass"``.
+        classwise: Of all classes instead of the most likely one.
+        num_classes: $K$, which ``classwise=True`` needs.
         from_logits: False says that predictions are class probabilities instead of logits.
         ignore_index: Label of the rows that do not count.
         **kwargs: Options of ``torchmetrics.Metric``.
 
     Shape:
-        ``update(input, target)``: logits (K), (N, K) or (N, K, d1, ...); class indices of row shape. ``compute()``: a
-        scalar in [0, 1], float64; nan without rows.
+        ``update(preds, target, sample_weight=None)``: logits (K), (N, K) or (N, K, d1, ...); class indices and weights
+        of row shape. ``compute()``: a scalar in [0, 1], float64; nan without rows.
 
     Raises:
         ImportError: torchmetrics is not installed.
@@ -197,39 +220,70 @@ class CalibrationError(_Metric):
         tensor(2)
 
     Reference:
-        Guo et al., *On Calibration of Modern Neural Networks*, 2017, Eq. 3.
+        Guo et al., *On Calibration of Modern Neural Networks*, 2017, Eq. 3; class-wise: Kull et al., *Beyond
+        Temperature Scaling*, 2019, Eq. 4.
     """
 
     higher_is_better = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
     sums: Tensor
+    rows: list[Tensor]
 
     def __init__(
         self,
         *,
         n_bins: int = 15,
         norm: str = "l1",
+        binning: str = "equal-width",
+        classwise: bool = False,
+        num_classes: int | None = None,
         from_logits: bool = True,
         ignore_index: int = -100,
         **kwargs: Any,
     ) -> None:
         super().__init__(from_logits, ignore_index, **kwargs)
-        _checks.check_count("n_bins", n_bins)
+        check_bins(n_bins, binning, classwise)
         _checks.check_choice("norm", norm, NORMS)
-        self.n_bins = n_bins
-        self.norm = norm
-        self.add_state("sums", torch.zeros(3, n_bins, dtype=torch.float64), dist_reduce_fx="sum")
+        if classwise:
+            _checks.check_count("num_classes", num_classes)
+        self.n_bins, self.norm, self.binning = n_bins, norm, binning
+        self.classwise, self.num_classes = classwise, num_classes
+        self._events = num_classes if classwise and num_classes else 1
+        if binning == "equal-width":
+            self.add_state("sums", torch.zeros(self._events, 4, n_bins, dtype=torch.float64), dist_reduce_fx="sum")
+        else:
+            self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, input: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> None:
         """Take a batch of predictions and their labels."""
-        self.sums += bin_sums(input, target, self.n_bins, self.from_logits, self.ignore_index)
+        p, true, weight = events(preds, target, sample_weight, self.classwise, self.from_logits, self.ignore_index)
+        if len(p) != self._events:
+            raise ValueError(f"preds must have num_classes={self.num_classes} classes, got shape {tuple(preds.shape)}")
+        if self.binning == "equal-mass":
+            self.rows.append(torch.cat([p, true.unsqueeze(0), weight.unsqueeze(0)]).T)
+        else:
+            dtype = edge_dtype(preds, self.from_logits)
+            self.sums = self.sums + equal_width_sums(p, true, weight, self.n_bins, dtype)
 
     def compute(self) -> Tensor:
         """Calibration error so far."""
-        return curve_of_sums(self.sums).error(self.norm)
+        return self._curve().error(self.norm)
 
     def reliability_curve(self) -> ReliabilityCurve:
-        """Bins so far, of all processes: see [`reliability_curve`][softlabels.metrics.reliability_curve]."""
+        """Bins so far, of all processes: see [`reliability_curve`][softlabels.metrics.reliability_curve].
+
+        All processes must call it: one that calls alone waits for the others for ever.
+        """
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
+            return self._curve()
+
+    def _curve(self) -> ReliabilityCurve:
+        if self.binning == "equal-width":
             return curve_of_sums(self.sums)
+        rows = _joined(self.rows).reshape(-1, self._events + 2).T
+        return curve_of_events(rows[:-2], rows[-2], rows[-1], self.n_bins, self.binning)
+
+
+def _joined(state: list[Tensor]) -> Tensor:
+    return dim_zero_cat(state) if len(state) else torch.zeros(0, dtype=torch.float64)

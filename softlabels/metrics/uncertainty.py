@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softlabels.functional import _checks
 from softlabels.metrics import _rows
 
 
@@ -19,7 +18,7 @@ def predictive_entropy(input: Tensor, *, from_logits: bool = True) -> Tensor:
     1e-30 is as accurate as one of 1.
 
     Args:
-        input: Logits (K), (N, K) or (N, K, d1, ...) of any floating dtype.
+        input: Logits (K), (N, K) or (N, K, d1, ...), float16 to float64: classes are in dimension 1.
         from_logits: False says that ``input`` holds class probabilities instead.
 
     Returns:
@@ -28,8 +27,8 @@ def predictive_entropy(input: Tensor, *, from_logits: bool = True) -> Tensor:
         Differentiable; with respect to a probability of 0 the derivative is infinite.
 
     Raises:
-        NotImplementedError: ``input`` is not of a floating dtype, or on a device without float64.
-        ValueError: ``input`` was said to hold probabilities and does not.
+        NotImplementedError: ``input`` is not of a floating dtype of at least 16 bits.
+        ValueError: ``input`` has less than two classes, or was said to hold probabilities and does not.
 
     Example:
         >>> import torch
@@ -40,20 +39,26 @@ def predictive_entropy(input: Tensor, *, from_logits: bool = True) -> Tensor:
     Reference:
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, Eq. 4 (its summand).
     """
-    _rows.check_predictions(input)
-    return _entropies(input, None, from_logits).to(torch.promote_types(input.dtype, torch.float32))
+    entropy = _entropies(_rows.checked(input, None, None, from_logits, -100)[0], from_logits)
+    return entropy.to(input.device, torch.promote_types(input.dtype, torch.float32))
 
 
 def average_predictive_uncertainty(
-    input: Tensor, target: Tensor | None = None, *, from_logits: bool = True, ignore_index: int = -100
+    input: Tensor,
+    target: Tensor | None = None,
+    *,
+    sample_weight: Tensor | None = None,
+    from_logits: bool = True,
+    ignore_index: int = -100,
 ) -> Tensor:
     r"""Mean entropy of the predictions, in nats.
 
     $$\frac{1}{n} \sum_{j=1}^n H(p(\cdot \mid x_j))$$
 
     Args:
-        input: Logits (K), (N, K) or (N, K, d1, ...).
+        input: Logits (K), (N, K) or (N, K, d1, ...): classes are in dimension 1, which nothing but a ``target`` tells.
         target: Class indices of row shape; only used to leave out rows. None: all rows count.
+        sample_weight: Weights of row shape, not negative: a sample of weight 2 counts as two. None: 1.
         from_logits: False says that ``input`` holds class probabilities instead.
         ignore_index: Label of the rows that do not count.
 
@@ -73,25 +78,20 @@ def average_predictive_uncertainty(
     Reference:
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, Eq. 4.
     """
-    total, count = entropy_sums(input, target, from_logits, ignore_index)
+    total, count = entropy_sums(input, target, sample_weight, from_logits, ignore_index)
     return total / count
 
 
-def entropy_sums(input: Tensor, target: Tensor | None, from_logits: bool, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Summed entropy of the rows that count, and their number; float64 scalars."""
-    kept = None if target is None else _rows.labels(input, target, ignore_index)[1]
-    _rows.check_predictions(input)
-    entropy = _entropies(input, kept, from_logits)
-    if kept is None:
-        return entropy.sum(), torch.full_like(entropy.sum(), entropy.numel())
-    return torch.where(kept, entropy, 0.0).sum(), kept.sum(dtype=torch.float64)
+def entropy_sums(
+    input: Tensor, target: Tensor | None, sample_weight: Tensor | None, from_logits: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Summed entropy of the rows that count, times their weights, and the sum of these; float64 scalars."""
+    input, _, weight = _rows.checked(input, target, sample_weight, from_logits, ignore_index)
+    return torch.where(weight == 0, 0.0, weight * _entropies(input, from_logits)).sum(), weight.sum()
 
 
-def _entropies(input: Tensor, kept: Tensor | None, from_logits: bool) -> Tensor:
-    """Entropy of each row in float64; rows that are not kept need not be predictions."""
-    _checks.check_flag("from_logits", from_logits)
-    if not from_logits:
-        _rows.check_probabilities(input, kept)
+def _entropies(input: Tensor, from_logits: bool) -> Tensor:
+    """Entropy of each row in float64."""
     return _rows.by_chunks(_entropy if from_logits else _entropy_of_probabilities, input)
 
 

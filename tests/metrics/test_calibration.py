@@ -54,8 +54,7 @@ def test_confidence_on_an_edge_is_in_the_lower_bin(edge, dtype):
     assert count.nonzero().item() == edge - 1
 
 
-def test_one_class_and_uniform_logits():
-    assert calibration_error(torch.randn(5, 1), torch.zeros(5, dtype=torch.long)).item() == 0.0
+def test_uniform_logits():
     curve = reliability_curve(torch.zeros(10, 10), torch.arange(10), n_bins=10)
     assert curve.count.tolist() == [10] + [0] * 9  # 0.1 is in (0, 0.1]
     assert curve.error().item() == pytest.approx(0.0, abs=1e-12)
@@ -118,6 +117,59 @@ def test_equal_mass_equals_the_reference(rows, n_bins, norm):
     assert curve.count.tolist() == [n for n, _, _ in bins]
     assert curve.edges.tolist() == edges
     assert curve.error(norm).item() == pytest.approx(reference.calibration_error(bins, norm), abs=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+@pytest.mark.parametrize("binning", ["equal-width", "equal-mass"])
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_classwise_equals_the_reference(from_logits, binning, norm):
+    logits, target = 2 * torch.randn(40, 3, dtype=torch.float64), torch.randint(3, (40,))
+    p, errors = logits.softmax(1), []
+    for c in range(3):
+        of_class, is_class = p[:, c].tolist(), (target == c).tolist()
+        edges = [b / 4 for b in range(5)]
+        if binning == "equal-mass":
+            edges = [0.0, *(sorted(of_class)[10 * b - 1] for b in (1, 2, 3)), 1.0]
+        errors.append(reference.calibration_error(reference.reliability_bins(of_class, is_class, edges), norm))
+    options = {"n_bins": 4, "norm": norm, "binning": binning, "classwise": True, "from_logits": from_logits}
+    error = calibration_error(logits if from_logits else p, target, **options)
+    assert error.item() == pytest.approx(sum(errors) / 3, abs=1e-12)
+
+
+def test_classwise_curves_are_those_of_each_class_against_the_rest():
+    logits, target = torch.randn(500, 4, 2), torch.randint(4, (500, 2))
+    target[:50] = -100
+    curves = reliability_curve(logits, target, classwise=True)
+    assert curves.count.shape == (4, 15)
+    assert curves.count.sum(1).tolist() == [900] * 4
+    p = logits.double().softmax(1)
+    for c in range(4):
+        inside = (p[50:, c] > 0.2) & (p[50:, c] <= 4 / 15)
+        assert curves.count[c, 3] == inside.sum()
+        torch.testing.assert_close(curves.accuracy[c, 3], (target[50:] == c)[inside].double().mean())
+    equal_mass = reliability_curve(logits, target, n_bins=5, binning="equal-mass", classwise=True)
+    assert equal_mass.edges.shape == (4, 6)
+    assert equal_mass.count.tolist() == [[180] * 5] * 4
+    with pytest.raises(TypeError, match="classwise must be True or False, got 4"):
+        calibration_error(logits, target, classwise=4)
+
+
+@given(cases, st.sampled_from([1, 3, 15]), st.sampled_from(["l1", "l2", "max"]), st.integers(0, 10**6))
+def test_weights_equal_the_reference(rows, n_bins, norm, seed):
+    confidence, correct = zip(*rows, strict=True)
+    weights = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    bins = reference.reliability_bins(confidence, correct, [b / n_bins for b in range(n_bins + 1)], weights.tolist())
+    p, y = two_classes(confidence, correct)
+    curve = reliability_curve(p, y, n_bins=n_bins, sample_weight=weights, from_logits=False)
+    assert curve.weight.tolist() == pytest.approx([n for n, _, _ in bins])
+    assert curve.count.sum() == len(rows)
+    assert curve.error(norm).item() == pytest.approx(reference.calibration_error(bins, norm), abs=1e-12)
+
+
+def test_equal_mass_bins_hold_the_same_weight():
+    logits, target, weights = torch.randn(6000, 7), torch.randint(7, (6000,)), torch.rand(6000)
+    curve = reliability_curve(logits, target, n_bins=6, binning="equal-mass", sample_weight=weights)
+    torch.testing.assert_close(curve.weight, (weights.double().sum() / 6).expand(6), rtol=2e-3, atol=0.0)
 
 
 def test_equal_mass_bins_hold_as_many_samples_each():

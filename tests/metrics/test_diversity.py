@@ -12,8 +12,9 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchmetrics.wrappers import BootStrapper
 
-from softlabels.metrics import confidence_diversity
+from softlabels.metrics import ConfidenceDiversity, confidence_diversity
 
 
 def of_confidences(confidence, k=3):
@@ -62,6 +63,112 @@ def test_equals_the_reference(k):
 def test_ties_equal_the_reference(confidence, k):
     expected = reference.differential_entropy([Decimal(c) for c in confidence], k)
     assert of_confidences(confidence, k) == pytest.approx(expected, abs=1e-12)
+
+
+def of_weighted(confidence, weights, k=3):
+    c = torch.as_tensor(np.asarray(confidence, dtype=np.float64))
+    rows, target = torch.stack([c, 1 - c], 1), torch.zeros(len(c), dtype=torch.long)
+    weights = torch.as_tensor(np.asarray(weights))
+    return confidence_diversity(rows, target, n_neighbors=k, sample_weight=weights, from_logits=False).item()
+
+
+@pytest.mark.parametrize("kind", ["repeats", "weights", "one atom", "grid", "many of few"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_repeats_mass_and_weights_equal_the_reference(kind, k):
+    rng = np.random.default_rng(0)
+    c, weights = rng.random(80), np.ones(80)
+    if kind == "weights":
+        weights = rng.integers(1, 9, 80) / 8
+    elif kind == "repeats":
+        c, weights = rng.choice(c, 160), np.ones(160)
+    elif kind == "one atom":
+        c[:30] = 1.0
+    elif kind == "grid":
+        c = np.round(c * 64) / 64
+    elif kind == "many of few":
+        c = rng.choice(rng.random(9), 80)
+    expected = reference.differential_entropy([Decimal(x) for x in c.tolist()], k, weights.tolist())
+    assert of_weighted(c, weights, k) == pytest.approx(expected, abs=1e-9)
+
+
+DRAWS = scipy.stats.beta(2, 5).rvs(5000, random_state=np.random.default_rng(3))
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+@pytest.mark.parametrize("times", [2, 3, 4, 10, 16])
+def test_samples_seen_again_do_not_change_the_value(times, k):
+    assert of_confidences(np.repeat(DRAWS, times), k) == pytest.approx(of_confidences(DRAWS, k), abs=1e-9)
+
+
+def test_samples_drawn_with_replacement_have_the_entropy_of_the_distribution():
+    """Five draws: their mean is off by 0.002, as that of five new samples is; without counting repeats, by 0.45."""
+    rng = np.random.default_rng(0)
+    uniform = [of_confidences(rng.choice(rng.random(5000), 5000)) for _ in range(5)]
+    assert np.mean(uniform) == pytest.approx(0.0, abs=0.02)
+    peaked = [of_confidences(rng.choice(DRAWS, 5000)) for _ in range(5)]
+    assert np.mean(peaked) == pytest.approx(scipy.stats.beta(2, 5).entropy(), abs=0.03)
+
+
+def test_oversampling_and_weights_are_worth_new_samples():
+    """A tenth of the samples has half of the weight: by weights, by repeats, and by a sampler that draws by weight."""
+    rng = np.random.default_rng(0)
+    common, rare = scipy.stats.beta(8, 2), scipy.stats.beta(2, 8)
+    c = np.concatenate([common.rvs(4500, random_state=rng), rare.rvs(500, random_state=rng)])
+    weights = np.repeat([1, 9], [4500, 500])
+    x = (np.arange(100_000) + 0.5) / 100_000
+    density = 0.5 * common.pdf(x) + 0.5 * rare.pdf(x)
+    exact = -(density * np.log(density)).mean()
+    weighted = of_weighted(c, weights)
+    assert weighted == pytest.approx(exact, abs=0.05)
+    assert of_confidences(np.repeat(c, weights)) == pytest.approx(weighted, abs=1e-9)
+    drawn = rng.choice(c, 5000, p=weights / weights.sum())
+    assert of_confidences(drawn) == pytest.approx(exact, abs=0.05)
+
+
+def test_a_bootstrap_interval_holds_the_value():
+    logits = torch.from_numpy(np.log(DRAWS) - np.log1p(-DRAWS))
+    both, target = torch.stack([logits, torch.zeros_like(logits)], 1), torch.zeros(5000, dtype=torch.long)
+    bootstrap = BootStrapper(ConfidenceDiversity(), num_bootstraps=20)
+    for rows in torch.arange(5000).split(500):
+        bootstrap.update(both[rows], target[rows])
+    values = bootstrap.compute()
+    assert values["std"] < 0.04
+    assert abs(values["mean"] - confidence_diversity(both, target)) < values["std"]
+
+
+def test_equal_weights_and_no_weights_are_the_same_and_weight_0_is_absence():
+    confidence = np.random.default_rng(0).random(300)
+    assert of_weighted(confidence, np.full(300, 0.3)) == of_confidences(confidence)
+    weights = np.ones(300)
+    weights[::3] = 0
+    assert of_weighted(confidence, weights) == of_confidences(confidence[weights > 0])
+
+
+@pytest.mark.parametrize(
+    ("values", "shares", "expected"),
+    [
+        ([0, 1], [0.5, 0.5], 0.0),
+        ([0, 1], [0.1, 0.9], -0.1 * math.log(0.2) - 0.9 * math.log(1.8)),
+        ([0, 0.5, 1], [1 / 3, 1 / 3, 1 / 3], -(2 * math.log(4 / 3) + math.log(2 / 3)) / 3),  # cells 1/4, 1/2, 1/4
+        ([0.2, 0.3, 0.5], [0.5, 0.25, 0.25], -0.5 * math.log(0.5 / 0.1) - 0.25 * (math.log(0.25**2 / 0.15 / 0.2))),
+    ],
+)
+def test_few_values_fill_the_cells_between_midpoints(values, shares, expected):
+    counts = np.round(np.array(shares) * 1200).astype(int)
+    assert of_confidences(np.repeat(values, counts)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("n", [60, 300, 3000])
+@pytest.mark.parametrize("levels", [2, 3, 5, 11, 21])
+def test_few_values_are_never_above_0(levels, n, k):
+    """The leaves of a tree, votes of a forest, bins of a calibration map: even, random, and of any counts."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        even, random = np.linspace(0, 1, levels), rng.random(levels)
+        for leaves in (even, random):
+            for shares in (None, rng.dirichlet(np.ones(levels))):
+                assert of_confidences(rng.choice(leaves, n, p=shares), k) <= 1e-12
 
 
 def saturated(rows=2000):
@@ -142,8 +249,8 @@ def test_order_of_samples_does_not_matter(confidence, random):
 
 @given(st.integers(0, 10**6), st.floats(0.05, 1.0), st.floats(0.0, 1.0))
 def test_shift_and_scale(seed, scale, place):
-    """h(s C + t) = h(C) + log s, ties and all."""
-    c = np.random.default_rng(seed).beta(0.5, 0.5, 50).round(2)
+    """h(s C + t) = h(C) + log s, ties and all, where no cell is cut at 0 or 1."""
+    c = 0.25 + 0.5 * np.random.default_rng(seed).beta(0.5, 0.5, 50).round(2)
     shift = place * (1.0 - scale)
     moved = of_confidences(scale * c + shift)
     assert moved == pytest.approx(of_confidences(c) + math.log(scale), abs=1e-6)

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import spawn
 from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
+import softlabels
 from softlabels import metrics
 from softlabels.metrics import AveragePredictiveUncertainty, CalibrationError, ConfidenceDiversity
 
@@ -31,6 +33,9 @@ OPTIONS = [
     ("diversity", {"n_neighbors": 5, "from_logits": False}),
     ("calibration", {"n_bins": 20, "norm": "l2"}),
     ("calibration", {"n_bins": 3, "norm": "max", "from_logits": False}),
+    ("calibration", {"n_bins": 7, "binning": "equal-mass"}),
+    ("calibration", {"n_bins": 5, "classwise": True}),
+    ("calibration", {"n_bins": 5, "classwise": True, "binning": "equal-mass", "from_logits": False}),
 ]
 
 
@@ -53,7 +58,8 @@ def predictions(options):
 @given(cuts=st.lists(st.integers(0, 200), max_size=6))
 def test_any_split_equals_one_call(name, options, cuts):
     make, function = PAIRS[name]
-    metric = make(ignore_index=255, **options)
+    classes = {"num_classes": 6} if options.get("classwise") else {}
+    metric = make(ignore_index=255, **options, **classes)
     ends = [0, *sorted(cuts), 200]
     for a, b in itertools.pairwise(ends):
         metric.update(predictions(options)[a:b], TARGET[a:b])
@@ -71,8 +77,79 @@ def test_memory_does_not_grow():
         for metric in (calibration, uncertainty, diversity):
             metric.update(LOGITS, TARGET.clamp(max=5))
         sizes = [sum(t.numel() for t in m.metric_state.values()) for m in (calibration, uncertainty)]
-        assert sizes == [3 * 15, 2]
+        assert sizes == [4 * 15, 2]
     assert sum(t.numel() for t in diversity.log_odds) == 3 * 200
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_weights_and_keywords_of_torchmetrics(name):
+    make, function = PAIRS[name]
+    weights = torch.rand(200)
+    mixed = MetricCollection([make(ignore_index=255), MulticlassAccuracy(6, ignore_index=255)])
+    for rows in torch.arange(200).split(30):
+        mixed(preds=LOGITS[rows], target=TARGET[rows], sample_weight=weights[rows])
+    expected = function(LOGITS, TARGET, sample_weight=weights, ignore_index=255)
+    torch.testing.assert_close(mixed.compute()[make.__name__], expected, rtol=0.0, atol=1e-12)
+    assert not expected.isclose(function(LOGITS, TARGET, ignore_index=255))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_metric_in_a_training_step_keeps_no_graph(name):
+    model = torch.nn.Linear(4, 6)
+    model.metric = PAIRS[name][0](ignore_index=255)
+    weights = torch.rand(200, requires_grad=True)
+    value = model.metric(model(torch.randn(200, 4)), TARGET, weights)
+    assert not value.requires_grad
+    for state in model.metric.metric_state.values():
+        assert not any(x.requires_grad for x in (state if isinstance(state, list) else [state]))
+    copy.deepcopy(model)
+    criterion = softlabels.BetaSmoothingLoss().attach(model)
+    criterion.detach()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("start", ["reset", "update"])
+def test_evaluated_in_inference_mode_and_fed_outside(name, start):
+    make, function = PAIRS[name]
+    metric = make(ignore_index=255)
+    with torch.inference_mode():
+        metric.update(LOGITS[:100], TARGET[:100])
+        metric.compute()
+        if start == "reset":
+            metric.reset()
+    metric.update(LOGITS[100:], TARGET[100:])
+    seen = slice(100 if start == "reset" else 0, 200)
+    expected = function(LOGITS[seen], TARGET[seen], ignore_index=255)
+    torch.testing.assert_close(metric.compute(), expected, rtol=0.0, atol=1e-12)
+
+
+def to_a_device_without_float64(tensor):
+    if tensor.dtype == torch.float64:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+    return tensor.to("meta")
+
+
+def test_a_model_with_metrics_goes_where_there_is_no_float64():
+    model = torch.nn.Linear(4, 6)
+    model.metrics = collection()
+    model.metrics.update(LOGITS[:90], TARGET[:90])
+    model._apply(to_a_device_without_float64)
+    assert model.weight.device.type == "meta"
+    model.metrics.update(LOGITS[90:], TARGET[90:])
+    for make, function in PAIRS.values():
+        expected = function(LOGITS, TARGET, ignore_index=255)
+        torch.testing.assert_close(model.metrics.compute()[make.__name__], expected, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_update(backend):
+    torch.compiler.reset()
+    logits = LOGITS.round()
+    for name in ("uncertainty", "calibration"):
+        make, function = PAIRS[name]
+        metric = make(ignore_index=255)
+        torch.compile(metric.update, backend=backend)(logits, TARGET)
+        torch.testing.assert_close(metric.compute(), function(logits, TARGET, ignore_index=255), rtol=0.0, atol=1e-12)
 
 
 def test_forward_gives_the_value_of_the_batch():
@@ -148,6 +225,18 @@ def test_plots():
         assert len(drawn) > 0, name
 
 
+def test_a_plot_is_not_upside_down():
+    """Diversity of 200 uniform confidences is 0.05, and above 0 by the error of estimation."""
+    metric = ConfidenceDiversity()
+    p = torch.rand(200, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    metric.update(torch.stack([p.logit(), 0 * p], 1), torch.zeros(200, dtype=torch.long))
+    assert metric.compute() > 0
+    for values in (None, [metric.compute(), metric.compute() + 0.1]):
+        _, ax = metric.plot(values, ax=matplotlib.figure.Figure().subplots())
+        low, high = ax.get_ylim()
+        assert low < metric.compute() < high
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="n_bins must be an int of at least 1, got 0"):
         CalibrationError(n_bins=0)
@@ -155,6 +244,12 @@ def test_options_are_checked():
         CalibrationError(norm="l0")
     with pytest.raises(ValueError, match="n_neighbors must be an int of at least 1, got 0"):
         ConfidenceDiversity(n_neighbors=0)
+    with pytest.raises(ValueError, match="binning must be one of 'equal-width', 'equal-mass', got 'quantile'"):
+        CalibrationError(binning="quantile")
+    with pytest.raises(ValueError, match="num_classes must be an int of at least 1, got None"):
+        CalibrationError(classwise=True)
+    with pytest.raises(ValueError, match=r"preds must have num_classes=5 classes, got shape \(200, 6\)"):
+        CalibrationError(classwise=True, num_classes=5, ignore_index=255).update(LOGITS, TARGET)
     with pytest.raises(TypeError, match="from_logits must be True or False, got 'yes'"):
         AveragePredictiveUncertainty(from_logits="yes")
 
@@ -164,6 +259,10 @@ def test_curve_of_the_class_is_that_of_the_function():
     metric.update(LOGITS, TARGET)
     expected = metrics.reliability_curve(LOGITS, TARGET, ignore_index=255)
     torch.testing.assert_close(vars(metric.reliability_curve()), vars(expected), equal_nan=True)
+    metric = CalibrationError(ignore_index=255, classwise=True, num_classes=6, binning="equal-mass")
+    metric.update(LOGITS, TARGET)
+    expected = metrics.reliability_curve(LOGITS, TARGET, ignore_index=255, classwise=True, binning="equal-mass")
+    torch.testing.assert_close(vars(metric.reliability_curve()), vars(expected), equal_nan=True)
 
 
 def own_rows(rank, uneven):
@@ -171,21 +270,30 @@ def own_rows(rank, uneven):
     return (slice(0, cut), slice(cut, 200))[rank]
 
 
+MADE = {
+    **{name: (make, function, {}) for name, (make, function) in PAIRS.items()},
+    "equal-mass": (CalibrationError, metrics.calibration_error, {"binning": "equal-mass"}),
+    "class-wise": (CalibrationError, metrics.calibration_error, {"classwise": True}),
+    "class-wise equal-mass": (
+        CalibrationError,
+        metrics.calibration_error,
+        {"classwise": True, "binning": "equal-mass"},
+    ),
+}
+WEIGHTS = torch.rand(200, generator=torch.Generator().manual_seed(1))
+
+
 def worker(rank):
     values = {}
-    for uneven in ("uneven", "nothing"):
-        rows = own_rows(rank, uneven)
-        for batch in torch.arange(200)[rows].split(30):
-            for name, (make, _) in PAIRS.items():
-                metric = values.setdefault((uneven, name), make(ignore_index=255))
-                metric.update(LOGITS[batch], TARGET[batch])
-        for name, (make, _) in PAIRS.items():
-            metric = values.setdefault((uneven, name), make(ignore_index=255))
-            if name == "calibration":
-                curve = metric.reliability_curve()
-                values[uneven, "samples"] = curve.count.sum().item()
-            metric._update_count += metric._update_count == 0  # no warning about the process without data
-            values[uneven, name] = metric.compute().item()
+    for uneven, name, weighted in itertools.product(("uneven", "nothing"), MADE, (False, True)):
+        make, _, options = MADE[name]
+        metric = make(ignore_index=255, **options, **({"num_classes": 6} if "classwise" in options else {}))
+        for batch in torch.arange(200)[own_rows(rank, uneven)].split(30):
+            metric.update(LOGITS[batch], TARGET[batch], WEIGHTS[batch] if weighted else None)
+        if name == "calibration":
+            values[uneven, "samples"] = metric.reliability_curve().count.sum().item()
+        metric._update_count += metric._update_count == 0  # no warning about the process without data
+        values[uneven, name, weighted] = metric.compute().item()
     return values
 
 
@@ -195,9 +303,11 @@ def test_two_processes_with_uneven_data_equal_one(tmp_path):
     for values in ranks.values():
         for uneven in ("uneven", "nothing"):
             assert values[uneven, "samples"] == (TARGET != 255).sum()
-            for name, (_, function) in PAIRS.items():
-                expected = function(LOGITS, TARGET, ignore_index=255).item()
-                assert values[uneven, name] == pytest.approx(expected, abs=1e-12), (uneven, name)
+            for name, (_, function, options) in MADE.items():
+                for weighted in (False, True):
+                    weights = WEIGHTS if weighted else None
+                    expected = function(LOGITS, TARGET, sample_weight=weights, ignore_index=255, **options).item()
+                    assert values[uneven, name, weighted] == pytest.approx(expected, abs=1e-12), (uneven, name)
 
 
 LIGHTNING = """
@@ -255,12 +365,23 @@ MISSING = """
 import sys
 
 sys.modules["torchmetrics"] = None
-import softlabels.metrics
+import inspect
+import softlabels.metrics as metrics
 import torch
 
-assert softlabels.metrics.calibration_error(torch.zeros(2, 3), torch.tensor([0, 1])).isfinite()
+assert metrics.calibration_error(torch.zeros(2, 3), torch.tensor([0, 1])).isfinite()
+assert not hasattr(metrics, "CalibrationError")
+assert getattr(metrics, "CalibrationError", None) is None
+inspect.getmembers(metrics)
+help(metrics)
+from softlabels.metrics import *
+assert "CalibrationError" not in metrics.__all__ + dir(metrics)
 try:
-    softlabels.metrics.CalibrationError()
+    metrics.CalibrationError()
+except AttributeError as error:
+    print(error)
+try:
+    from softlabels.metrics import CalibrationError
 except ImportError as error:
     print(error)
 """
@@ -268,7 +389,9 @@ except ImportError as error:
 
 def test_without_torchmetrics_the_error_names_the_extra():
     printed = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=True).stdout
-    assert "softlabels.metrics.CalibrationError needs torchmetrics: pip install 'softlabels[metrics]'" in printed
+    remedy = "softlabels.metrics.CalibrationError needs torchmetrics: pip install 'softlabels[metrics]'"
+    assert printed.count(remedy) == 2
     with pytest.raises(AttributeError, match="has no attribute 'Calibration'"):
         _ = metrics.Calibration
     assert "CalibrationError" in dir(metrics)
+    assert "CalibrationError" in metrics.__all__

@@ -27,7 +27,7 @@ def test_equals_the_formula_in_float64(scale, dtype):
     torch.testing.assert_close(entropy.double(), plain(logits), rtol=1e-7, atol=1e-14)
 
 
-@given(st.lists(st.floats(-50, 50), min_size=1, max_size=6))
+@given(st.lists(st.floats(-50, 50), min_size=2, max_size=6))
 def test_equals_the_reference(row):
     entropy = predictive_entropy(torch.tensor([row], dtype=torch.float64)).item()
     assert entropy == pytest.approx(reference.entropy(reference.softmax(row)), rel=1e-9, abs=1e-14)
@@ -35,7 +35,7 @@ def test_equals_the_reference(row):
 
 
 def test_limits():
-    for k in (1, 2, 10, 1000):
+    for k in (2, 10, 1000):
         torch.testing.assert_close(predictive_entropy(torch.full((3, k), -7.5)), torch.full((3,), math.log(k)))
     one_hot = torch.full((2, 5), -1e4)
     one_hot[0, 2] = one_hot[1, 4] = 1e4
@@ -78,6 +78,18 @@ def test_dense_predictions_ignored_rows_and_chunks(monkeypatch):
         assert predictive_entropy(logits[..., :0]).shape == (6, 4, 0)
 
 
+def test_weights_multiply_and_weight_0_is_absence():
+    logits, weight = torch.randn(9, 4, 2), torch.rand(9, 2)
+    entropy = predictive_entropy(logits.double())
+    value = average_predictive_uncertainty(logits, sample_weight=weight)
+    torch.testing.assert_close(value, (entropy * weight).sum() / weight.sum().double(), rtol=1e-6, atol=0.0)
+    target = torch.randint(4, (9, 2))
+    logits[0], weight[0] = torch.nan, 0.0
+    logits[1], target[1], weight[1] = torch.nan, -100, torch.nan
+    value = average_predictive_uncertainty(logits, target, sample_weight=weight)
+    torch.testing.assert_close(value, average_predictive_uncertainty(logits[2:], target[2:], sample_weight=weight[2:]))
+
+
 def test_one_row_and_probabilities():
     logits = torch.randn(7)
     assert predictive_entropy(logits).shape == ()
@@ -90,7 +102,12 @@ def test_one_row_and_probabilities():
     [
         (lambda: predictive_entropy([1.0]), TypeError, "input must be a Tensor, got list"),
         (lambda: predictive_entropy(torch.ones(3, 2, dtype=torch.long)), NotImplementedError, "floating dtype"),
-        (lambda: predictive_entropy(torch.ones(3, 0)), ValueError, r"at least one class, got shape \(3, 0\)"),
+        (lambda: predictive_entropy(torch.ones(3, 0)), ValueError, r"at least two classes, got shape \(3, 0\)"),
+        (
+            lambda: predictive_entropy(torch.zeros(3, 2).to(torch.float8_e4m3fn)),
+            NotImplementedError,
+            r"pass input.float\(\)",
+        ),
         (
             lambda: predictive_entropy(torch.tensor([[2.0, -1.0]]), from_logits=False),
             ValueError,
