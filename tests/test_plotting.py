@@ -33,6 +33,35 @@ def test_reliability_diagram_draws_the_curve():
     assert ax.get_title() in ("digits, ECE 58.7 %", "digits, ECE 58.8 %")  # (0.45 + 3 * 0.6333) / 4 = 0.5875
 
 
+def test_two_curves_in_one_diagram():
+    other = reliability_curve(PROBABILITIES.flip(1), torch.tensor([0, 0, 1, 1]), n_bins=5, from_logits=False)
+    ax = plotting.reliability_diagram(CURVE, label="first", title="digits")
+    assert plotting.reliability_diagram(other, label="second", ax=ax) is ax
+    assert ax.get_title() == "digits"
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[0] == plotting.CALIBRATED
+    assert [text.split(", ECE ")[0] for text in texts[1:]] == ["first", "second"]
+    diagonal, first, second = ax.lines
+    assert list(diagonal.get_xdata()) == [0, 1]
+    assert first.get_ydata().tolist() == pytest.approx([1.0, 1 / 3])
+    assert (first.get_color(), first.get_marker()) != (second.get_color(), second.get_marker())
+    assert not ax.patches
+    ax.figure.canvas.draw()
+    plotting.reliability_diagram(CURVE, ax=ax)
+    plotting.reliability_diagram(CURVE, ax=ax)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(texts) == len(set(texts)) == 5
+
+
+def test_dots_are_as_large_as_the_weight():
+    weights = torch.tensor([3.0, 1.0, 1.0, 1.0])
+    options = {"n_bins": 5, "from_logits": False, "sample_weight": weights}
+    (dots,) = plotting.reliability_diagram(
+        reliability_curve(PROBABILITIES, torch.tensor([0, 0, 1, 1]), **options)
+    ).collections
+    assert dots.get_sizes()[0] == dots.get_sizes()[1]
+
+
 @pytest.mark.parametrize("binning", ["equal-width", "equal-mass"])
 def test_reliability_diagram_of_nothing_and_of_many_bins(binning):
     for rows in (0, 1, 500):
@@ -101,6 +130,16 @@ def test_text_follows_the_style():
 def test_bad_input():
     with pytest.raises(TypeError, match=r"curve must be a ReliabilityCurve.*got Tensor"):
         plotting.reliability_diagram(torch.zeros(3))
+    for other in (Figure(), Figure().subplots(1, 2)):
+        with pytest.raises(
+            TypeError, match=rf"ax must be Axes, such as figure.subplots\(\) .*got {type(other).__name__}"
+        ):
+            plotting.reliability_diagram(CURVE, ax=other)
+        with pytest.raises(TypeError, match="ax must be Axes"):
+            plotting.soft_labels(PROBABILITIES, torch.tensor([0, 1, 0, 0]), ax=other)
+    classwise = reliability_curve(PROBABILITIES, torch.tensor([0, 0, 1, 1]), from_logits=False, classwise=True)
+    with pytest.raises(ValueError, match=r"class-wise curves of shape \(2, 15\)"):
+        plotting.reliability_diagram(classwise)
     with pytest.raises(
         ValueError, match=r"class indices of shape \(4,\) for targets of shape \(4, 2\), got shape \(3,\)"
     ):

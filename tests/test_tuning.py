@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from decimal import Context, Decimal, localcontext
 
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -185,7 +187,7 @@ def sure_teacher():
     return logits, y
 
 
-@pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min, torch.finfo(torch.float64).min, -torch.inf])
 def test_match_temperature_with_masked_classes(fill):
     logits, y = sure_teacher()
     logits[:, 9] = torch.where(y == 9, logits[:, 9], fill)
@@ -246,3 +248,96 @@ def test_match_temperature_with_a_class_that_is_ruled_out():
 def test_bad_matching(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(5, 3), torch.zeros(5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "fit", [tuning.fit_temperature, lambda x, y: tuning.match_temperature(x, y, alpha=0, true_class=0.5)]
+)
+def test_the_least_number_of_a_dtype_masks_like_minus_infinity(fit, dtype):
+    logits, y = sure_teacher()
+    logits[::3] = logits[::3].flip(1)
+    logits, y = logits.to(dtype), y % 9
+    masked = {fill: logits.clone() for fill in (-torch.inf, torch.finfo(dtype).min)}
+    for fill, values in masked.items():
+        values[:, 9] = fill
+    assert fit(masked[torch.finfo(dtype).min], y) == pytest.approx(fit(masked[-torch.inf], y), rel=1e-9)
+
+
+def test_match_temperature_takes_little_memory():
+    """Of 40 MiB of logits, no copy: less than a fifth on top."""
+    logits, y = torch.randn(20_000, 256, dtype=torch.float64), torch.randint(256, (20_000,))
+    logits[torch.arange(20_000), y] += 8
+    with torch.profiler.profile(profile_memory=True) as profile:
+        tuning.match_temperature(logits, y, alpha=0.0, true_class=0.5)
+    largest = held = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            largest = max(largest, held)
+    assert largest < 0.2 * logits.nbytes
+
+
+def calibrated_at(temperature, rows=3000, classes=10):
+    logits = 4 * torch.randn(rows, classes, dtype=torch.float64)
+    return logits, torch.distributions.Categorical(logits=logits / temperature).sample()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5, 20.0])
+def test_fit_temperature_minimises_the_negative_log_likelihood(temperature):
+    logits, y = calibrated_at(temperature)
+    fitted = tuning.fit_temperature(logits, y)
+
+    def loss(log_temperature):
+        return torch.nn.functional.cross_entropy(logits / math.exp(log_temperature), y).item()
+
+    found = scipy.optimize.minimize_scalar(loss, bounds=(-5, 8), method="bounded", options={"xatol": 1e-10})
+    assert fitted == pytest.approx(math.exp(found.x), rel=1e-6)
+    assert fitted == pytest.approx(temperature, rel=0.15)  # the error of 3000 samples
+    leaf = torch.tensor(fitted, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits / leaf, y), leaf)
+    assert abs(slope.item()) < 1e-10
+    assert isinstance(fitted, float)
+
+
+def test_fit_temperature_of_dense_masked_ignored_and_scaled_logits():
+    logits, y = calibrated_at(2.5)
+    expected = tuning.fit_temperature(logits, y)
+    dense = logits.reshape(30, 100, 10).movedim(2, 1)
+    assert tuning.fit_temperature(dense, y.reshape(30, 100)) == pytest.approx(expected, rel=1e-12)
+    for fill in (-1e9, -3e38, -torch.inf):
+        masked = torch.cat([logits, torch.full((3000, 1), fill, dtype=torch.float64)], 1)
+        assert tuning.fit_temperature(masked, y) == pytest.approx(expected, rel=1e-12)
+    ignored = torch.cat([logits, torch.full((5, 10), torch.nan, dtype=torch.float64)])
+    labels = torch.cat([y, torch.full((5,), 255)])
+    assert tuning.fit_temperature(ignored, labels, ignore_index=255) == pytest.approx(expected, rel=1e-12)
+    for scale in (1e-300, 1e-9, 1e9, 1e300):
+        assert tuning.fit_temperature(scale * logits, y) / scale == pytest.approx(expected, rel=1e-9)
+    assert tuning.fit_temperature(logits.requires_grad_(), y) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x, x.argmax(1)), "each label has the largest logit of its row"),
+        (lambda x, y: (0 * x, y), "each label has the largest logit of its row"),
+        (lambda x, y: (x, x.argmin(1)), "on average no larger than the mean logit"),
+        (lambda x, y: (x * torch.nan, y), "3000 rows that count and 30000 nan"),
+        (lambda x, y: (x, y * 0 - 100), "got 0 rows that count and 0 nan"),
+        (lambda x, y: (x.masked_fill(torch.arange(10) == 3, -torch.inf), y), "logit that is not masked"),
+        (lambda x, y: (x.masked_fill(x > 8, torch.inf), y), r"neither nan nor \+inf"),
+        (lambda x, y: (x[:, :1], 0 * y), r"logits must have at least two classes, got shape \(3000, 1\)"),
+    ],
+)
+def test_fit_temperature_says_why_there_is_none(change, message):
+    logits, y = change(*calibrated_at(1.0))
+    with pytest.raises(ValueError, match=message):
+        tuning.fit_temperature(logits, y)
+
+
+def test_counts_of_numpy():
+    for kind in (np.int64, np.int32, np.uint8):
+        assert tuning.true_class_for(0.1, kind(10)) == tuning.true_class_for(0.1, 10)
+        assert tuning.label_smoothing_for(0.9, kind(10)) == tuning.label_smoothing_for(0.9, 10)
+        assert tuning.confidence_penalty_optimum(0.5, kind(10)) == tuning.confidence_penalty_optimum(0.5, 10)
+    assert type(tuning.true_class_for(0.1, np.int64(10))) is float

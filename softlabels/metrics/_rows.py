@@ -14,12 +14,7 @@ CHUNK = {"cpu": 2**18, "other": 2**24}  # elements worked on at once: a cache's 
 
 
 def checked(
-    input: Tensor,
-    target: Tensor | None,
-    sample_weight: Tensor | None,
-    from_logits: bool,
-    ignore_index: int,
-    name: str = "input",
+    input: Tensor, target: Tensor | None, sample_weight: Tensor | None, from_logits: bool, ignore_index: int, name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check predictions, class indices and weights, and bring them to where float64 is: mps devices have none.
 
@@ -41,16 +36,13 @@ def checked(
         check_target(target, input, name)
     if sample_weight is not None:
         _checks.check_like_rows("sample_weight", sample_weight, input, row_shape(input))
-    if input.device.type == "mps":
-        input = input.cpu()
+    input = input.cpu() if input.device.type == "mps" else input
     wanted, num_classes = row_shape(input), input.shape[class_dim(input)]
-    if target is None:
-        target = input.new_zeros(wanted, dtype=torch.long)
-    target = target.reshape(wanted).to(input.device, torch.long)
+    target = (input.new_zeros(wanted) if target is None else target.reshape(wanted)).to(input.device, torch.long)
     ignored = target == ignore_index
     target = target.masked_fill(ignored, 0)
     check_labels(target, num_classes, f" or ignore_index={ignore_index}")
-    # Where labels cannot be read, those out of range fail as an index, as in torch; compiled code counts -1 from the end.
+    # Where labels cannot be read, those out of range fail as an index, as in torch; compiled code would wrap -1.
     index = target.masked_fill(target < 0, num_classes).flatten()
     weight = input.new_ones(num_classes, dtype=torch.float64).index_select(0, index).reshape(wanted)
     weight = weight.masked_fill_(ignored, 0.0)

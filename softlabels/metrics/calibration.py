@@ -132,7 +132,7 @@ def calibration_error(
     _checks.check_choice("norm", norm, NORMS)
     check_bins(n_bins, binning, classwise)
     predicted = events(input, target, sample_weight, classwise, from_logits, ignore_index)
-    return curve_of_events(*predicted, n_bins, binning, edge_dtype(input, from_logits)).error(norm)
+    return curve(*predicted, n_bins, binning, torch.float64 if from_logits else input.dtype).error(norm)
 
 
 def reliability_curve(
@@ -181,7 +181,7 @@ def reliability_curve(
     """
     check_bins(n_bins, binning, classwise)
     predicted = events(input, target, sample_weight, classwise, from_logits, ignore_index)
-    return curve_of_events(*predicted, n_bins, binning, edge_dtype(input, from_logits))
+    return curve(*predicted, n_bins, binning, torch.float64 if from_logits else input.dtype)
 
 
 def check_bins(n_bins: int, binning: str, classwise: bool) -> None:
@@ -198,7 +198,7 @@ def events(
 
     Class-wise, the events are the K classes; else the one that the most likely class is the label. Float64.
     """
-    input, target, weight = _rows.checked(input.detach(), target, sample_weight, from_logits, ignore_index)
+    input, target, weight = _rows.checked(input.detach(), target, sample_weight, from_logits, ignore_index, "input")
     dim = _rows.class_dim(input)
     if classwise:
         p = _rows.by_chunks(_softmax, input) if from_logits else input.movedim(dim, 0).double()
@@ -207,10 +207,8 @@ def events(
     return p.double().reshape(1, -1), torch.where(predicted == target, 0, -1).flatten(), weight.flatten()
 
 
-def curve_of_events(
-    p: Tensor, true: Tensor, weight: Tensor, n_bins: int, binning: str, dtype: torch.dtype = torch.float64
-) -> ReliabilityCurve:
-    """The curve of all samples at once."""
+def curve(p: Tensor, true: Tensor, weight: Tensor, n_bins: int, binning: str, dtype: torch.dtype) -> ReliabilityCurve:
+    """The reliability curve of all samples at once."""
     if binning == "equal-width":
         return curve_of_sums(equal_width_sums(p, true, weight, n_bins, dtype))
     kept = weight != 0
@@ -225,13 +223,11 @@ def curve_of_events(
     return curve_of_sums(_sums(p, true, weight, inner), edges.squeeze(0))
 
 
-def edge_dtype(input: Tensor, from_logits: bool) -> torch.dtype:
-    """What edges are rounded to: a probability of 0.7 in the caller's dtype is on the edge 0.7, whatever both are."""
-    return torch.float64 if from_logits else input.dtype
-
-
 def equal_width_sums(p: Tensor, true: Tensor, weight: Tensor, n_bins: int, dtype: torch.dtype) -> Tensor:
-    """Sums of equal-width bins, (C, 4, B), to be added up."""
+    """Sums of equal-width bins, (C, 4, B), to be added up.
+
+    Edges are rounded to ``dtype``: a probability of 0.7 in the caller's is on the edge 0.7, whatever both round to.
+    """
     return _sums(p, true, weight, _equal_edges(n_bins, p)[1:-1].to(dtype).double().expand(len(p), -1))
 
 
@@ -253,7 +249,7 @@ def _sums(p: Tensor, true: Tensor, weight: Tensor, inner: Tensor) -> Tensor:
     for number, (of_event, edges) in enumerate(zip(p, inner, strict=True)):
         values = torch.stack([torch.ones_like(weight), weight, weight * of_event, weight * (true == number)])
         # A bin too many, for what does not count.
-        index = torch.bucketize(of_event, edges).masked_fill(weight == 0, n_bins).expand(4, -1)
+        index = torch.bucketize(of_event.contiguous(), edges).masked_fill(weight == 0, n_bins).expand(4, -1)
         sums.append(values.new_zeros(4, n_bins + 1).scatter_add_(1, index, values)[:, :n_bins])
     return torch.stack(sums)
 

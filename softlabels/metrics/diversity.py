@@ -101,16 +101,14 @@ def true_class_log_odds(
     input: Tensor, target: Tensor, sample_weight: Tensor | None, from_logits: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Log-odds of the true-class probability, and weights, of the rows that count; (n,) in float64."""
-    input, target, weight = _rows.checked(input.detach(), target, sample_weight, from_logits, ignore_index)
+    input, target, weight = _rows.checked(input.detach(), target, sample_weight, from_logits, ignore_index, "input")
     if from_logits:
         odds = _rows.by_chunks(_rows.true_class_log_odds, input, target)
     else:
         dim = _rows.class_dim(input)
         odds = torch.logit(input.gather(dim, target.unsqueeze(dim)).squeeze(dim).double().clamp(0.0, 1.0))
     kept = weight != 0
-    if _checks.peek(kept.all()):
-        return odds.flatten(), weight.flatten()
-    return odds[kept], weight[kept]
+    return (odds.flatten(), weight.flatten()) if _checks.peek(kept.all()) else (odds[kept], weight[kept])
 
 
 def nearest_neighbor_entropy(odds: Tensor, weight: Tensor, n_neighbors: int) -> Tensor:
@@ -130,9 +128,7 @@ def nearest_neighbor_entropy(odds: Tensor, weight: Tensor, n_neighbors: int) -> 
         return _by_distances(odds, None, n_neighbors)
     first = starts.nonzero().squeeze(1)
     odds, repeats = odds[first], first.diff(append=first.new_tensor([starts.numel()]))
-    mass = repeats.double()
-    if weighted:
-        mass = torch.zeros_like(odds).index_add_(0, starts.cumsum(0) - 1, weight[order])
+    mass = torch.zeros_like(odds).index_add_(0, starts.cumsum(0) - 1, weight[order]) if weighted else repeats.double()
     mass = mass / mass.sum()
 
     if odds.numel() == 1:

@@ -15,9 +15,8 @@ from softlabels.metrics.calibration import (
     NORMS,
     ReliabilityCurve,
     check_bins,
-    curve_of_events,
+    curve,
     curve_of_sums,
-    edge_dtype,
     equal_width_sums,
     events,
 )
@@ -38,8 +37,7 @@ class _Metric(Metric):
         super().__init__(**kwargs)
         _checks.check_flag("from_logits", from_logits)
         _checks.check_ignore_index(ignore_index)
-        self.from_logits = from_logits
-        self.ignore_index = ignore_index
+        self.from_logits, self.ignore_index = from_logits, ignore_index
         self.set_dtype(torch.float64)  # also what a process without data contributes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -112,8 +110,7 @@ class AveragePredictiveUncertainty(_Metric):
     def update(self, preds: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> None:
         """Take a batch of predictions."""
         total, count = entropy_sums(preds.detach(), target, sample_weight, self.from_logits, self.ignore_index)
-        self.total = self.total + total
-        self.count = self.count + count
+        self.total, self.count = self.total + total, self.count + count
 
     def compute(self) -> Tensor:
         """Mean entropy so far."""
@@ -245,8 +242,7 @@ class CalibrationError(_Metric):
         super().__init__(from_logits, ignore_index, **kwargs)
         check_bins(n_bins, binning, classwise)
         _checks.check_choice("norm", norm, NORMS)
-        if classwise:
-            _checks.check_count("num_classes", num_classes)
+        _checks.check_count("num_classes", num_classes if classwise else 1)
         self.n_bins, self.norm, self.binning = n_bins, norm, binning
         self.classwise, self.num_classes = classwise, num_classes
         self._events = num_classes if classwise and num_classes else 1
@@ -263,7 +259,7 @@ class CalibrationError(_Metric):
         if self.binning == "equal-mass":
             self.rows.append(torch.cat([p, true.unsqueeze(0), weight.unsqueeze(0)]).T)
         else:
-            dtype = edge_dtype(preds, self.from_logits)
+            dtype = torch.float64 if self.from_logits else preds.dtype
             self.sums = self.sums + equal_width_sums(p, true, weight, self.n_bins, dtype)
 
     def compute(self) -> Tensor:
@@ -282,7 +278,7 @@ class CalibrationError(_Metric):
         if self.binning == "equal-width":
             return curve_of_sums(self.sums)
         rows = _joined(self.rows).reshape(-1, self._events + 2).T
-        return curve_of_events(rows[:-2], rows[-2], rows[-1], self.n_bins, self.binning)
+        return curve(rows[:-2], rows[-2], rows[-1], self.n_bins, self.binning, torch.float64)
 
 
 def _joined(state: list[Tensor]) -> Tensor:

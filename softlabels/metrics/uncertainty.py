@@ -39,7 +39,7 @@ def predictive_entropy(input: Tensor, *, from_logits: bool = True) -> Tensor:
     Reference:
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, Eq. 4 (its summand).
     """
-    entropy = _entropies(_rows.checked(input, None, None, from_logits, -100)[0], from_logits)
+    entropy = _entropies(_rows.checked(input, None, None, from_logits, -100, "input")[0], from_logits)
     return entropy.to(input.device, torch.promote_types(input.dtype, torch.float32))
 
 
@@ -86,13 +86,13 @@ def entropy_sums(
     input: Tensor, target: Tensor | None, sample_weight: Tensor | None, from_logits: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Summed entropy of the rows that count, times their weights, and the sum of these; float64 scalars."""
-    input, _, weight = _rows.checked(input, target, sample_weight, from_logits, ignore_index)
+    input, _, weight = _rows.checked(input, target, sample_weight, from_logits, ignore_index, "input")
     return torch.where(weight == 0, 0.0, weight * _entropies(input, from_logits)).sum(), weight.sum()
 
 
 def _entropies(input: Tensor, from_logits: bool) -> Tensor:
     """Entropy of each row in float64."""
-    return _rows.by_chunks(_entropy if from_logits else _entropy_of_probabilities, input)
+    return _rows.by_chunks(_entropy if from_logits else lambda p: torch.special.entr(p.double()).sum(1), input)
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -103,8 +103,3 @@ def _entropy(logits: Tensor) -> Tensor:
     odds = below.exp().scatter(1, largest, 0.0)
     total = odds.sum(1)
     return total.log1p() - (odds * below).sum(1) / (1.0 + total)
-
-
-def _entropy_of_probabilities(probabilities: Tensor) -> Tensor:
-    terms: Tensor = torch.special.entr(probabilities.double())
-    return terms.sum(1)
