@@ -198,8 +198,8 @@ def events(
 
     Class-wise, the events are the K classes; else the one that the most likely class is the label. Float64.
     """
-    input, target, weight = _rows.checked(input.detach(), target, sample_weight, from_logits, ignore_index, "input")
-    dim = _rows.class_dim(input)
+    input, target, weight = _rows.checked(input, target, sample_weight, from_logits, ignore_index, "input")
+    dim, input = _rows.class_dim(input), input.detach()
     if classwise:
         p = _rows.by_chunks(_softmax, input) if from_logits else input.movedim(dim, 0).double()
         return p.reshape(len(p), -1), target.flatten(), weight.flatten()

@@ -101,11 +101,11 @@ def true_class_log_odds(
     input: Tensor, target: Tensor, sample_weight: Tensor | None, from_logits: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Log-odds of the true-class probability, and weights, of the rows that count; (n,) in float64."""
-    input, target, weight = _rows.checked(input.detach(), target, sample_weight, from_logits, ignore_index, "input")
+    input, target, weight = _rows.checked(input, target, sample_weight, from_logits, ignore_index, "input")
     if from_logits:
-        odds = _rows.by_chunks(_rows.true_class_log_odds, input, target)
+        odds = _rows.by_chunks(_rows.true_class_log_odds, input.detach(), target)
     else:
-        dim = _rows.class_dim(input)
+        dim, input = _rows.class_dim(input), input.detach()
         odds = torch.logit(input.gather(dim, target.unsqueeze(dim)).squeeze(dim).double().clamp(0.0, 1.0))
     kept = weight != 0
     return (odds.flatten(), weight.flatten()) if _checks.peek(kept.all()) else (odds[kept], weight[kept])

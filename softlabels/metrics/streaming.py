@@ -109,7 +109,8 @@ class AveragePredictiveUncertainty(_Metric):
 
     def update(self, preds: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> None:
         """Take a batch of predictions."""
-        total, count = entropy_sums(preds.detach(), target, sample_weight, self.from_logits, self.ignore_index)
+        with torch.no_grad():
+            total, count = entropy_sums(preds, target, sample_weight, self.from_logits, self.ignore_index)
         self.total, self.count = self.total + total, self.count + count
 
     def compute(self) -> Tensor:

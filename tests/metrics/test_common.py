@@ -87,6 +87,15 @@ def test_labels_of_any_integer_dtype_and_counts_of_numpy():
         metrics.calibration_error(logits, target[:, None])
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_list_is_no_tensor(name):
+    with pytest.raises(TypeError, match="input must be a Tensor, got list"):
+        FUNCTIONS[name]([[0.0, 1.0]], torch.tensor([0]))
+    for metric in (metrics.AveragePredictiveUncertainty, metrics.CalibrationError, metrics.ConfidenceDiversity):
+        with pytest.raises(TypeError, match="input must be a Tensor, got list"):
+            metric().update([[0.0, 1.0]], torch.tensor([0]))
+
+
 def test_requires_grad_is_no_obstacle():
     logits = torch.randn(20, 4, requires_grad=True)
     for function in FUNCTIONS.values():
