@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softlabels.kernels.soft_label import Amount, SoftLabel, Term, column, product, working_dtype
+from softlabels.kernels.soft_label import Amount, SoftLabel, Term, product, working_dtype
 
 
 def cross_entropy(
@@ -16,9 +16,8 @@ def cross_entropy(
     Without ``careful``, in fewer operations, for who looks whether the result is finite: -inf logits and rows of weight
     0 that hold junk are not cared for.
     """
-    left_out = None
-    if careful and isinstance(label.weight, Tensor) and not label.weight.requires_grad:
-        left_out = column(label.weight == 0)
+    left_out = _left_out(label.weight) if careful else None
+    if left_out is not None:
         logits, log_p = logits.masked_fill(left_out, 0.0), None
     if log_p is None:
         log_p = torch.log_softmax(logits, 1, dtype=working_dtype(logits))
@@ -37,6 +36,9 @@ def confidence_penalty(label: Term, weight: Amount, beta: float, logits: Tensor,
 
     Its "soft label" depends on the prediction itself, so it is no sum of terms.
     """
+    left_out = _left_out(weight)
+    if left_out is not None:
+        logits = logits.masked_fill(left_out, 0.0)
     log_p = torch.log_softmax(logits, 1, dtype=working_dtype(logits))
     possible = logits != -torch.inf
     rows = -label.inner(log_p, possible)
@@ -45,3 +47,8 @@ def confidence_penalty(label: Term, weight: Amount, beta: float, logits: Tensor,
         rows = rows + beta * label.mass(log_p, possible) * negative_entropy
     rows = product(weight, rows)
     return rows.sum() if reduce else rows
+
+
+def _left_out(weight: Amount) -> Tensor | None:
+    """The rows of weight 0, whose numbers may be anything; not where the weights learn, or none could leave 0."""
+    return (weight == 0).unsqueeze(1) if isinstance(weight, Tensor) and not weight.requires_grad else None
