@@ -32,13 +32,16 @@ def beta_smoothing_loss(
       t_{i,y_i} = \alpha + (1 - \alpha) b_i, \qquad
       t_{ic} = (1 - \alpha) \frac{1 - b_i}{K - 1} \quad (c \ne y_i).$$
 
+    In other words: $e_i = (1 - \alpha)(1 - b_i) K / (K - 1)$ is spread evenly over all classes, and the label gets the
+    rest. Where logits of a row are -inf, $e_i$ is spread over the possible classes.
+
     Args:
         input: Logits of shape (K), (N, K) or (N, K, d1, ...), any floating dtype. Half-precision logits are worked
             on in float32.
         target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8; or class probabilities $y$ of the
             shape of ``input``, smoothed to $t_c = o + (t_\mathrm{on} - o)\, y_c$ with $o$ the off-class value.
         confidence: How sure a model is of each row, of row shape; only the order matters, a higher value is surer,
-            ties go by position, and nan counts as least sure. Dense predictions are ordered over all kept rows of
+            ties go by position, and nan counts as least sure; where all are nan, so is the loss. Dense predictions are ordered over all kept rows of
             the batch. None assigns the draws at random (the "random Beta smoothing" of App. 9.5).
         alpha: Weight of the hard label, in [0, 1]. 1 is plain cross-entropy.
         concentration: The parameter $a$ of Beta(a, 1), greater than 0; the mean draw is $a / (a + 1)$. Infinity is
@@ -47,7 +50,8 @@ def beta_smoothing_loss(
         generator: Source of the random numbers; None uses torch's default on the device of ``input``. A generator
             breaks the graph of torch.compile.
         weight: Class weights of shape (K,), any floating dtype: $w_c$ multiplies the term of class $c$.
-        sample_weight: Non-negative weight of each row, of row shape.
+        sample_weight: Non-negative weight of each row, of row shape. A row of weight 0 counts as little as an ignored
+            one, in everything that is computed over rows.
         ignore_index: Rows with this label count for nothing: they are neither ranked nor drawn for.
         reduction: ``"mean"`` (over the summed weights of the kept rows), ``"sum"`` or ``"none"``.
 

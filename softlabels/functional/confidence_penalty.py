@@ -36,7 +36,8 @@ def confidence_penalty_loss(
         beta: Weight of the entropy, at least 0 and finite. 0 is plain cross-entropy.
         weight: Class weights of shape (K,), any floating dtype. The entropy belongs to no class, so the whole row is
             weighted by $w_y$ (for class probabilities $y$ by $\sum_c w_c y_c$), which keeps the optimum above.
-        sample_weight: Non-negative weight of each row, of row shape.
+        sample_weight: Non-negative weight of each row, of row shape. A row of weight 0 counts as little as an ignored
+            one, in everything that is computed over rows.
         ignore_index: Rows with this label count for nothing.
         reduction: ``"mean"`` (over the summed weights of the kept rows), ``"sum"`` or ``"none"``.
 

@@ -46,8 +46,9 @@ def dirichlet_map_loss(
     - ``"normalized"``: $s_i \propto \sum_j \exp((f_{ij} - \bar f_i) / T)$ with $\bar f_i$ the row's mean logit,
       scaled to mean 1 over the kept rows of the batch. It depends on the teacher's predictions alone: adding any
       constant to any row changes nothing. Where the rows of $f$ sum to zero, as those of a trained softmax layer
-      nearly do, this is $S_i / \operatorname{mean}(S)$. The row's mean is taken over the classes that have a probability
-      in float32, $\log q_{ij} > -87$: teachers masked with -inf, or with a large negative number, are alike.
+      nearly do, this is $S_i / \operatorname{mean}(S)$. The row's mean is taken over the classes that have a
+      probability in float32, $\log q_{ij} > -87$: teachers masked with -inf, or with a large negative number, are
+      alike.
     - ``"none"``: $s_i = 1$. With $\gamma = 1$ this is $1 + \beta$ times
       [`self_distillation_loss`][softlabels.functional.self_distillation_loss] with $\alpha = 1 / (1 + \beta)$.
       It too depends on the teacher's predictions alone.
@@ -60,14 +61,16 @@ def dirichlet_map_loss(
         target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8; or label counts of the shape of
             ``input``, whole or fractional, floating or integer: several labels per sample, class probabilities,
             or zeros for an unlabelled sample, which learns from the prior alone.
-        teacher_logits: Logits of the teacher, of the shape of ``input``; no gradient flows to them.
+        teacher_logits: Logits of the teacher, of the shape of ``input``; no gradient flows to them. Of a teacher that
+            gives probabilities p, ``p.log()`` at ``temperature=1`` is exact.
         beta: Strength of the prior, at least 0 and finite. 0 (with gamma = 1) is plain cross-entropy.
         temperature: $T > 0$ divides the teacher's logits.
         gamma: The constant of Eq. 8, at least 0 and finite. Below 1 it prunes the classes to which the teacher gives
             too little (the unclamped loss would be unbounded below, App. 9.7); above 1 it adds uniform mass.
         sample_weighting: ``"normalized"``, ``"exact"`` or ``"none"``, see above.
         weight: Class weights of shape (K,), any floating dtype: $w_j$ multiplies the terms of class $j$.
-        sample_weight: Non-negative weight of each row, of row shape. It does not enter the mean of $s_i$.
+        sample_weight: Non-negative weight of each row, of row shape. It does not enter the mean of $s_i$, but that a
+            row of weight 0 counts as little as an ignored one.
         ignore_index: Rows with this label count for nothing, in the normalisation of $s_i$ as elsewhere.
         reduction: ``"mean"`` (over the summed weights of the kept rows; for counts, over the rows, as torch does for
             class probabilities), ``"sum"`` or ``"none"``.

@@ -36,14 +36,15 @@ def self_distillation_loss(
         target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8; or class probabilities of the shape
             of ``input``.
         teacher_logits: Logits of the teacher, of the shape of ``input``; no gradient flows to them. A logit of -inf
-            is a probability of 0.
+            is a probability of 0. Of a teacher that gives probabilities p, ``p.log()`` at ``temperature=1`` is exact.
         alpha: Weight of the hard label, in [0, 1]. 1 is plain cross-entropy, 0 learns from the teacher alone. (Many
             distillation scripts call the weight of the *soft* term alpha.)
         temperature: $T > 0$ divides the teacher's logits.
         scale_student: Also divide the student's logits by $T$ in the second sum and multiply that sum by $T^2$, as
             Hinton et al. (2015) do. Appendix 9.2 finds that this calibrates worse.
         weight: Class weights of shape (K,), any floating dtype: $w_c$ multiplies the terms of class $c$ in both sums.
-        sample_weight: Non-negative weight of each row, of row shape.
+        sample_weight: Non-negative weight of each row, of row shape. A row of weight 0 counts as little as an ignored
+            one, in everything that is computed over rows.
         ignore_index: Rows with this label count for nothing.
         reduction: ``"mean"`` (over the summed weights of the kept rows), ``"sum"`` or ``"none"``.
 
@@ -120,12 +121,14 @@ def pruned_distillation_loss(
         input: Student logits of shape (K), (N, K) or (N, K, d1, ...), any floating dtype.
         target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8; or class probabilities of the shape
             of ``input``.
-        teacher_logits: Logits of the teacher, of the shape of ``input``; no gradient flows to them.
+        teacher_logits: Logits of the teacher, of the shape of ``input``; no gradient flows to them. Of a teacher that
+            gives probabilities p, ``p.log()`` at ``temperature=1`` is exact.
         prune: Fraction of the classes to prune, in [0, 1); 0 is self-distillation. At least one class stays.
         alpha: Weight of the hard label, in [0, 1].
         temperature: $T > 0$ divides the teacher's logits.
         weight: Class weights of shape (K,), any floating dtype.
-        sample_weight: Non-negative weight of each row, of row shape.
+        sample_weight: Non-negative weight of each row, of row shape. A row of weight 0 counts as little as an ignored
+            one, in everything that is computed over rows.
         ignore_index: Rows with this label count for nothing.
         reduction: ``"mean"`` (over the summed weights of the kept rows), ``"sum"`` or ``"none"``.
 

@@ -33,7 +33,8 @@ def label_smoothing_map_loss(
             of ``input``.
         beta: Strength of the prior, at least 0 and finite. 0 is plain cross-entropy.
         weight: Class weights of shape (K,), any floating dtype: $w_c$ multiplies the term of class $c$.
-        sample_weight: Non-negative weight of each row, of row shape.
+        sample_weight: Non-negative weight of each row, of row shape. A row of weight 0 counts as little as an ignored
+            one, in everything that is computed over rows.
         ignore_index: Rows with this label count for nothing.
         reduction: ``"mean"`` (over the summed weights of the kept rows), ``"sum"`` or ``"none"``.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from softlabels.kernels import eager
-from softlabels.kernels.soft_label import Prediction, SoftLabel, column, product, working_dtype
+from softlabels.kernels.soft_label import Prediction, SoftLabel, product, working_dtype
 from softlabels.kernels.statistics import Statistics
 from softlabels.kernels.statistics import statistics as traceable_statistics
 
@@ -79,7 +79,7 @@ def _values(label: SoftLabel, logits: Tensor) -> tuple[Tensor, ...]:
     log_sum = x.exp().sum(1).log()
     mass = label.mass(x, possible) + torch.zeros_like(log_sum)
     rows = product(label.weight, product(mass, log_sum) - label.inner(x, possible))
-    normalizers = [t for term in label.terms if isinstance(term, Prediction) for t in (term.largest, term.log_sum)]
+    normalizers = [t for term in label.terms if isinstance(term, Prediction) for t in term.normalizers()]
     return rows, largest, log_sum, mass, *normalizers
 
 
@@ -105,7 +105,7 @@ def _gradient(
     label = replace(label, terms=terms)
     result = label.add_to(p, -label.weight, mass * label.weight, label.possible(x))
     if isinstance(label.weight, Tensor) and label.weight.dim():
-        result = torch.where(column(label.weight == 0), 0.0, result)
+        result = torch.where((label.weight == 0).unsqueeze(1), 0.0, result)
     return _written_like(logits, result)
 
 

@@ -128,6 +128,6 @@ def _by_dense_label(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
     soft = label.dense(log_p, possible=label.possible(logits))
     rows = product(label.weight, -product(soft, log_p).sum(1))
     gradient = torch._log_softmax_backward_data(-soft, log_p, 1, dtype) * column(label.weight)
-    if isinstance(label.weight, Tensor):
-        gradient = gradient.masked_fill(column(label.weight == 0), 0.0)
+    if isinstance(label.weight, Tensor) and label.weight.dim():
+        gradient = gradient.masked_fill((label.weight == 0).unsqueeze(1), 0.0)
     return rows, gradient.to(logits.dtype)

@@ -17,9 +17,11 @@ of 0 counts for nothing (0 * log 0 = 0); ``in_place`` lets ``add_to`` write into
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ class Term:
         shares = self._weighted(x, possible)
         return shares.sum(1) * (x.shape[1] // shares.shape[1])
 
-    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Tensor:
         """sum_c t_c x_c."""
         shares = self._weighted(x, possible)
         if possible is not None:
@@ -136,7 +138,7 @@ class Label(Term):
         """The amount."""
         return self.amount
 
-    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Tensor:
         """amount x_y."""
         at_label = x.gather(1, self.index.unsqueeze(1)).squeeze(1)
         return self.amount * at_label if possible is None else product(self.amount, at_label)
@@ -150,7 +152,7 @@ class Label(Term):
         if torch.compiler.is_compiling():
             return torch.where(self._is_label(g), g + column(amount), g)
         amount = amount if isinstance(amount, Tensor) else g.new_full((), amount)
-        value = column(amount) if amount.dim() else amount.expand(index.shape)
+        value = amount.unsqueeze(1) if amount.dim() else amount.expand(index.shape)
         return g.scatter_add_(1, index, value) if in_place else g.scatter_add(1, index, value)
 
     def _is_label(self, like: Tensor) -> Tensor:
@@ -254,6 +256,10 @@ class Prediction(Term):
         largest = scaled.amax(1)
         return replace(self, largest=largest, log_sum=(scaled - largest.unsqueeze(1)).exp().sum(1).log())
 
+    def normalizers(self) -> list[Tensor]:
+        """What is known of the rows of the teacher."""
+        return [number for number in (self.largest, self.log_sum) if number is not None]
+
     def scaled_logits(self, dtype: torch.dtype) -> Tensor:
         """The kept logits over the temperature."""
         logits = self.pruned().logits.to(dtype)
@@ -291,11 +297,13 @@ class SoftLabel:
         """sum_c t_c of all terms, without the weight."""
         if self.total is not None:
             return self.total
-        return _total(term.mass(x, possible) for term in self.terms)
+        first, *others = [term.mass(x, possible) for term in self.terms]
+        return functools.reduce(operator.add, others, first)
 
-    def inner(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Tensor:
         """sum_c t_c x_c of all terms, without the weight."""
-        return _total(term.inner(x, possible) for term in self.terms)
+        first, *others = [term.inner(x, possible) for term in self.terms]
+        return functools.reduce(operator.add, others, first)
 
     def add_to(
         self, g: Tensor, factor: Amount, scale: Amount = 1.0, possible: Tensor | None = None, in_place: bool = False
@@ -346,13 +354,6 @@ def tensors(term: Term) -> list[tuple[str, Tensor]]:
 def is_zero(amount: Amount) -> bool:
     """Whether an amount is the number 0, told without a look at a tensor."""
     return not isinstance(amount, Tensor) and amount == 0.0
-
-
-def _total(amounts: Iterator[Any]) -> Any:
-    first = next(amounts)
-    for amount in amounts:
-        first = first + amount
-    return first
 
 
 def _scaled(g: Tensor, scale: Amount, in_place: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""The edges of every loss: rows that do not count, numbers that are none, classes that cannot be, programs that trace."""
+"""The edges of every loss: rows that do not count, nan, masked classes, traced programs, checkpoints."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_options_of_beta_smoothing_set_later():
     for name, value in (("rank_by", "tru_class"), ("ranking", "emma"), ("ema_decay", 1.0), ("num_samples", 0)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             setattr(criterion, name, value)
-    with pytest.raises(TypeError, match="generator must be a torch.Generator"):
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator"):
         criterion.generator = 3
     criterion.ranking = "history"
     with pytest.raises(
