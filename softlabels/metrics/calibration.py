@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softlabels import kernels
 from softlabels.functional import _checks
 from softlabels.metrics import _rows
 
@@ -261,6 +262,13 @@ def _softmax(logits: Tensor) -> Tensor:
 
 def _top_class(logits: Tensor) -> Tensor:
     """Largest probability, and its class, the first of several as argmax has it; (2, n, d) from (n, K, d)."""
-    largest, predicted = logits.max(1)
+    largest, predicted = logits.amax(1), _argmax(logits)
     total = logits.to(torch.float64, copy=True).sub_(largest.unsqueeze(1)).exp_().sum(1)
     return torch.stack([1.0 / total, predicted.double()])
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """As argmax; on a CPU numpy takes a third of its time."""
+    if kernels.can_read(logits) and logits.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(logits.detach().numpy().argmax(1))
+    return logits.argmax(1)
