@@ -47,5 +47,7 @@ class MeanTeacher:
 
 
 def assert_same_parameters(teacher, mean_teacher):
-    for own, wanted in zip(teacher.module.parameters(), mean_teacher.ema.parameters(), strict=True):
-        assert torch.equal(own, wanted)
+    averages, wanted = teacher.averages, dict(mean_teacher.ema.named_parameters())
+    assert averages.keys() == wanted.keys()
+    for name, average in averages.items():
+        assert torch.equal(average, wanted[name]), name

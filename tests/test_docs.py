@@ -77,3 +77,13 @@ def test_api_page_is_complete():
         assert f"::: {name}\n" in page, name
     for name in tuning.__all__:
         assert name in page
+
+
+def test_every_line_of_the_table_of_loops_is_a_test():
+    rows = re.findall(r"^\| .* \| `(test_\w+)` \|$", (ROOT / "docs/attach.md").read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    tests = "".join(
+        path.read_text() for folder in ("losses", "teachers") for path in (ROOT / "tests" / folder).glob("*.py")
+    )
+    for name in rows:
+        assert f"def {name}(" in tests, name

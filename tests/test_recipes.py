@@ -19,6 +19,7 @@ LEAST_ACCURACY = {  # chance is 0.1, in huggingface_trainer 0.25; in segmentatio
     "born_again": 0.85,
     "compiled_step": 0.85,
     "ddp": 0.85,
+    "export_average": 0.85,
     "fsdp2": 0.85,
     "huggingface_trainer": 0.5,
     "lightning_module": 0.85,

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -35,10 +34,8 @@ def shard(module: nn.Module) -> None:
 
 
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
-teacher = softlabels.EMATeacher(model, decay=0.99)  # copy first,
-shard(model)  # shard both alike,
-shard(teacher.module)
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(model, teacher=teacher)  # then attach
+shard(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99).attach(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 for epoch in range(6):
@@ -52,10 +49,10 @@ for epoch in range(6):
 model.eval()
 with torch.no_grad():
     accuracy = (model(test_x).argmax(1) == test_y).double().mean()
-# State dicts hold DTensors: save with torch.distributed.checkpoint.
-average = get_model_state_dict(teacher.module)
-whole = sum(tensor.full_tensor().numel() for tensor in average.values())
-here = sum(tensor.to_local().numel() for tensor in average.values())
+# The averages are DTensors, as is criterion.state_dict(): save with torch.distributed.checkpoint.
+averages = criterion.teacher.averages
+whole = sum(tensor.full_tensor().numel() for tensor in averages.values())
+here = sum(tensor.to_local().numel() for tensor in averages.values())
 if dist.get_rank() == 0:
     print(f"{here} of {whole} parameters of the average in this process, accuracy {accuracy:.3f}")
 dist.destroy_process_group()

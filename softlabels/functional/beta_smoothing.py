@@ -41,8 +41,9 @@ def beta_smoothing_loss(
         target: Class indices of shape (), (N) or (N, d1, ...), int64 or uint8; or class probabilities $y$ of the
             shape of ``input``, smoothed to $t_c = o + (t_\mathrm{on} - o)\, y_c$ with $o$ the off-class value.
         confidence: How sure a model is of each row, of row shape; only the order matters, a higher value is surer,
-            ties go by position, and nan counts as least sure; where all are nan, so is the loss. Dense predictions are ordered over all kept rows of
-            the batch. None assigns the draws at random (the "random Beta smoothing" of App. 9.5).
+            ties go by position, and nan counts as least sure; where all are nan, so is the loss. Dense predictions are
+            ordered over all kept rows of the batch. None assigns the draws at random (the "random Beta smoothing" of
+            App. 9.5).
         alpha: Weight of the hard label, in [0, 1]. 1 is plain cross-entropy.
         concentration: The parameter $a$ of Beta(a, 1), greater than 0; the mean draw is $a / (a + 1)$. Infinity is
             plain cross-entropy. With the defaults the true class gets 0.85 on average; see

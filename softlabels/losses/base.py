@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,11 @@ from softlabels.functional._rows import Rows, prepare
 class SoftLabelLoss(nn.Module):
     """Base of the losses: ``weight``, ``ignore_index`` and ``reduction`` as in nn.CrossEntropyLoss."""
 
-    weight: Tensor | None
-    options: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}  # each of the loss's own options, and its check
+    if TYPE_CHECKING:  # annotations of a class are strings, which programs that wrap losses evaluate elsewhere
+        weight: Tensor | None
+        options: ClassVar[dict[str, Callable[[str, Any], Any]]]
+    else:
+        options = {}  # each of the loss's own options, and its check
 
     def __init__(self, weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__()

@@ -162,12 +162,9 @@ class BetaSmoothingLoss(AttachableLoss):
         """Compute the loss; see the class for the arguments."""
         rows = self.rows(input, target, sample_weight)
         concentration = self.concentration_for(rows.num_classes)
-        in_training, switched_off = self.in_training, concentration == float("inf")
-        if in_training and (switched_off or confidence is not None or self.ranking != "ema"):
-            self.forget_pass()
-        if switched_off:
+        if concentration == float("inf"):
             return rows.loss(rows.label(1.0), total=1.0)
-        if not in_training:
+        if not self.in_training:
             return mean_smoothing(rows, self.alpha, concentration)
         if runs_twice() and (self.generator is not None or (confidence is None and self.ranking == "history")):
             raise RuntimeError(
@@ -211,14 +208,24 @@ class BetaSmoothingLoss(AttachableLoss):
             )
         return tuning.beta_concentration(true_class, self.alpha)
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher's confidence ranks the batch: where nothing is smoothed, there is nothing to rank."""
+        return self.ranking == "ema" and self.concentration_for(2) != float("inf")
+
     def make_teacher(self, model: nn.Module) -> nn.Module:
         """Make an EMA of the model with this loss's decay."""
         return EMATeacher(model, self.ema_decay)
 
+    @property
+    def generator_state(self) -> Tensor | None:
+        """What a checkpoint holds of ``generator``; torch.distributed.checkpoint looks entries up as attributes."""
+        return None if self.generator is None else self.generator.get_state()
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.generator is not None:
-            destination[prefix + GENERATOR] = self.generator.get_state()
+            destination[prefix + GENERATOR] = self.generator_state
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.generator is not None:

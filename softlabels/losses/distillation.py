@@ -13,12 +13,11 @@ from softlabels.losses.attachable import AttachableLoss
 class _TeacherLoss(AttachableLoss):
     """A loss of (input, target, teacher_logits) that is plain cross-entropy when it is not training."""
 
-    def _teacher_logits(self, input: Tensor, teacher_logits: Tensor | None, needed: bool) -> Tensor | None:
+    def _teacher_logits(self, input: Tensor, teacher_logits: Tensor | None) -> Tensor | None:
         """The given teacher logits, or those of the attached teacher; None where cross-entropy is meant."""
         if not self.in_training:
             return teacher_logits
-        if teacher_logits is not None or not needed:
-            self.forget_pass()
+        if teacher_logits is not None or not self.needs_teacher:
             return teacher_logits
         return self.ask_teacher(input, "teacher_logits")
 
@@ -85,6 +84,11 @@ class SelfDistillationLoss(_TeacherLoss):
         self.temperature = temperature
         self.scale_student = scale_student
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher has any weight in the loss."""
+        return self.alpha < 1.0
+
     def forward(
         self,
         input: Tensor,
@@ -94,7 +98,7 @@ class SelfDistillationLoss(_TeacherLoss):
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss; see the class for the arguments."""
-        teacher_logits = self._teacher_logits(input, teacher_logits, needed=self.alpha < 1.0)
+        teacher_logits = self._teacher_logits(input, teacher_logits)
         rows = self.rows(input, target, sample_weight)
         if teacher_logits is None:
             return rows.loss(rows.label(1.0), total=1.0)
@@ -158,6 +162,11 @@ class PrunedDistillationLoss(_TeacherLoss):
         self.alpha = alpha
         self.temperature = temperature
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher has any weight in the loss."""
+        return self.alpha < 1.0
+
     def forward(
         self,
         input: Tensor,
@@ -167,7 +176,7 @@ class PrunedDistillationLoss(_TeacherLoss):
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss; see the class for the arguments."""
-        teacher_logits = self._teacher_logits(input, teacher_logits, needed=self.alpha < 1.0)
+        teacher_logits = self._teacher_logits(input, teacher_logits)
         rows = self.rows(input, target, sample_weight)
         if teacher_logits is None:
             return rows.loss(rows.label(1.0), total=1.0)
@@ -243,6 +252,11 @@ class InstanceDirichletMAPLoss(_TeacherLoss):
         self.gamma = gamma
         self.sample_weighting = sample_weighting
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher has any weight in the loss."""
+        return self.beta > 0.0 or self.gamma > 1.0
+
     def forward(
         self,
         input: Tensor,
@@ -252,8 +266,7 @@ class InstanceDirichletMAPLoss(_TeacherLoss):
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss; see the class for the arguments."""
-        needed = self.beta > 0.0 or self.gamma > 1.0
-        teacher_logits = self._teacher_logits(input, teacher_logits, needed)
+        teacher_logits = self._teacher_logits(input, teacher_logits)
         rows = self.rows(input, target, sample_weight, counts=True)
         if teacher_logits is None:
             return rows.loss(rows.label(1.0), total=1.0)

@@ -2,182 +2,160 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
 
-from softlabels.teachers.clock import StepClock
 from softlabels.teachers.ema import EMATeacher
-from softlabels.teachers.models import (
-    Output,
-    as_given,
-    check_output,
-    check_supported,
-    find_logits,
-    is_picked,
-    is_unrelated,
-    select_logits,
-    unwrap,
-)
-from softlabels.teachers.tap import AfterPass, InputTap
+from softlabels.teachers.hooks import Hook, Scriptable
+from softlabels.teachers.passes import LOGITS, Pass, Passes, same_rows
+from softlabels.teachers.steps import Steps
+from softlabels.teachers.structures import Output, check_model, find_logits, like_parameters, tensors, unwrap
 
 
 class Attachment:
-    """Knows which inputs the model saw last and what the teacher says of them.
+    """Knows which pass of the model logits come from, and what the teacher says of it.
 
     Args:
         model: The model in training, not kept alive.
-        teacher: An EMATeacher, whose clock is started here if it follows ``model``; or any other module, which is put
-            in eval mode and never updated.
-        optimizer: The optimizer whose steps count for the EMA; None: all that own parameters of ``model``.
+        optimizer: The optimizer whose steps count for the EMA; None: all that own parameters of ``model``; False: none.
         output: Where the logits are in what model and teacher return, see [`find_logits`][].
         teacher_inputs: Function of the model's inputs that returns the teacher's: a tuple of positional or a dict of
             keyword arguments, or one argument. None: the same inputs.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        teacher: nn.Module,
-        optimizer: Optimizer | None,
-        output: Output,
-        teacher_inputs: Callable[..., Any] | None = None,
+        self, model: nn.Module, optimizer: object, output: Output, teacher_inputs: Callable[..., Any] | None
     ) -> None:
-        check_output(output)
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
-        if unwrap(teacher) is unwrap(model):
-            raise ValueError("teacher is the model itself; pass a copy, or leave teacher out for an EMA of the model")
-        check_supported(model)
+        if output is not None and not isinstance(output, (str, int)) and not callable(output):
+            raise TypeError(f"output must be a key, an index, a callable or None, got {output!r}")
         if teacher_inputs is not None and not callable(teacher_inputs):
             raise TypeError(f"teacher_inputs must be callable, got {type(teacher_inputs).__name__}")
-        self.teacher = teacher
-        self._output = output
-        self._teacher_inputs = teacher_inputs
-        self._tap = InputTap(select_logits(output))
-        self._clock: StepClock | None = None
-        if isinstance(teacher, EMATeacher):
-            if teacher.source is None:
-                teacher.follow(model)
-            if teacher.source is unwrap(model):
-                self._clock = teacher.follow_steps(optimizer)
-        else:
+        check_model(model)
+        self.options = (optimizer, output, teacher_inputs)
+        self.teacher: nn.Module | None = None
+        self._followed: list[tuple[EMATeacher, Steps]] = []
+        self._passes = Passes(model, output, self._begin)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The attached model, or None if it is gone."""
+        return self._passes.model()
+
+    def ask(self, model: nn.Module, teacher: nn.Module) -> nn.Module:
+        """Ask this teacher from now on: an EMATeacher of the model or a part of it, or a frozen module."""
+        if isinstance(unwrap(teacher), EMATeacher):
+            teacher = unwrap(teacher)  # a compiler cannot look into it
+        _check_apart(model, teacher)
+        for ema in [module for module in teacher.modules() if isinstance(module, EMATeacher)]:
+            if ema.source is None:
+                ema.follow(model)
+            source, followed = ema._present(), unwrap(model)
+            if source in followed.modules() or followed in source.modules():
+                self._followed.append((ema, ema.follow_steps(self.options[0])))
+        if not isinstance(teacher, EMATeacher):
             teacher.eval()
-        self._hooks = [
-            model.register_forward_pre_hook(self._tap, with_kwargs=True),
-            model.register_forward_hook(AfterPass(self._tap)),
-        ]
-        for hook in self._hooks:
-            weakref.finalize(self, hook.remove)
-        self._release = weakref.finalize(model, _forget, weakref.ref(self._tap))
+        self.teacher = teacher
+        return teacher
 
     def teacher_logits(self, input: Tensor) -> Tensor | None:
-        """What the teacher says of the inputs of the model's latest training pass, which are then forgotten.
+        """What the teacher says of the pass that these logits came from; None if there is no such pass.
 
-        None if there was no such pass since the last call.
+        Raises:
+            RuntimeError: the teacher's rows cannot be those of the input, or the pass's inputs were written to.
         """
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(
-                "softlabels: the teacher's pass cannot be part of the compiled graph. Compile the model instead of the "
-                "whole step, or leave out fullgraph=True"
-            )
-        captured = self._tap.take()
-        if captured is None:
+        found = self._passes.find(input)
+        if found is None:
             return None
-        if captured.changed():
+        seen, position, way, shape = found
+        if seen.answers is None:
+            seen.answers = self._answers(seen)
+            seen.args, seen.kwargs = (), {}
+        computed = callable(self.options[1])
+        logits = seen.answers.get(LOGITS if computed else position)
+        if logits is None:
             raise RuntimeError(
-                "the inputs of the model's latest training pass have been written to since it began, so the teacher "
-                "would see something else; do not change them in place before the loss is computed"
+                "the loss was given an output of the model that the teacher does not return; pass the teacher's logits "
+                "to the call, or let attach(..., output=...) find them"
             )
-        if captured.passes > 1 and is_unrelated(captured.logits, input):
+        if logits.shape == shape and not computed:
+            logits = same_rows(logits, way)
+        if logits.shape != input.shape:
             raise RuntimeError(
-                f"the attached model made {captured.passes} training passes since the loss was last called, and the "
-                "loss was not given the logits of the last one; call the loss after each pass"
+                f"the teacher's logits have shape {tuple(logits.shape)} but the loss was given input of shape "
+                f"{tuple(input.shape)}; {_difference(logits, input)}"
             )
-        if not callable(self._output) and is_picked(captured.logits, input):
-            raise RuntimeError(
-                "the loss was given rows picked from the model's logits, perhaps in another order, which the teacher's "
-                "do not follow; let attach(..., output=...) do the same to what the teacher returns, or reorder the "
-                "targets instead"
-            )
-        self.flush()
-        args, kwargs = captured.args, captured.kwargs
-        if self._teacher_inputs is not None:
-            args, kwargs = _as_arguments(self._teacher_inputs(*args, **kwargs))
-        if isinstance(self.teacher, EMATeacher):
-            self.teacher.follow_dtype_and_device()
-        else:
-            self.teacher.eval()
-            args, kwargs = _like_parameters((args, kwargs), self.teacher)
-        with torch.no_grad(), captured.autocast_state():
-            logits = find_logits(self.teacher(*args, **kwargs), self._output)
-        matched = as_given(logits, captured.logits, input)
-        if matched is None:
-            raise RuntimeError(
-                f"the teacher's logits for the model's latest training pass have shape {tuple(logits.shape)} but the "
-                f"loss was given input of shape {tuple(input.shape)}. Call the loss once per training pass of the "
-                "attached model, on that pass's logits; if they are reshaped on the way, let attach(..., output=...) "
-                "do the same to what the teacher returns"
-            )
-        return matched.to(input.device)
+        return logits.to(input.device)
 
-    def forget(self) -> None:
-        """Release the inputs of the latest pass."""
-        self._tap.take()
-
-    def forget_steps(self) -> None:
-        """Drop optimizer steps that an EMA teacher has not followed yet: its state is about to be replaced."""
-        if self._clock is not None:
-            self._clock.clear()
-
-    def flush(self) -> None:
-        """Bring an EMA teacher up to date with optimizer steps already made."""
-        if self._clock is not None:
-            self._clock.flush()
+    def take_in(self, *, passing: bool = False) -> None:
+        """Bring EMA teachers up to date with what happened to the model."""
+        for teacher, _ in self._followed:
+            teacher.take_in(passing=passing)
 
     def end(self) -> None:
         """Remove every hook and release everything."""
-        for hook in self._hooks:
-            hook.remove()
-        self._release.detach()
-        self.forget()
-        if isinstance(self.teacher, EMATeacher) and self.teacher.source is not None:
-            self.flush()
-        self._clock = None
+        self.take_in()
+        self._followed = []
+        for handle in self._passes.handles:
+            handle.remove()
+        if self.model is not None and not any(isinstance(h, Hook) for h in self.model._forward_hooks.values()):
+            self.model.__dict__.pop(Scriptable.NAME, None)
+
+    def _begin(self) -> None:
+        self.take_in(passing=True)
+
+    def _answers(self, seen: Pass) -> dict[int, Tensor]:
+        """Run the teacher on the inputs of a pass: its logits, and where the model marks others, those outputs."""
+        teacher, model, (_, output, teacher_inputs) = self.teacher, self.model, self.options
+        args, kwargs = seen.arguments(caches=teacher_inputs is not None)
+        if teacher_inputs is not None:
+            given = teacher_inputs(*args, **kwargs)
+            args, kwargs = (
+                ((), given) if isinstance(given, dict) else (given if isinstance(given, tuple) else (given,), {})
+            )
+        assert teacher is not None
+        if seen.training is None:
+            self.take_in(passing=True)  # which a compiled hook does not
+        if not isinstance(teacher, EMATeacher):
+            teacher.eval()
+            args, kwargs = like_parameters(args, teacher), like_parameters(kwargs, teacher)
+        with torch.no_grad(), seen.autocast_state():
+            if isinstance(teacher, EMATeacher):
+                same = model is not None and teacher.source is unwrap(model)
+                result = teacher.run(args, kwargs, seen.training if same else None)
+            else:
+                result = teacher(*args, **kwargs)
+            logits = find_logits(result, output)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"no logits found in the teacher's output of type {type(result).__name__} with output={output!r}; say "
+                "where they are with attach(..., output=...): a key, an index, or a function of the output"
+            )
+        outputs = {} if callable(output) else dict(enumerate(tensors(result)))
+        return {**{position: tensor for position, tensor in outputs.items() if tensor is not logits}, LOGITS: logits}
 
 
-def _forget(tap: weakref.ref[InputTap]) -> None:
-    """Release what a tap holds when its model is gone."""
-    alive = tap()
-    if alive is not None:
-        alive.take()
+def _check_apart(model: nn.Module, teacher: nn.Module) -> None:
+    """Raise if a frozen teacher has a part in common with the model, which would be frozen or trained with it."""
+    if unwrap(teacher) is unwrap(model):
+        raise ValueError("teacher is the model itself; pass a copy, or leave teacher out for an EMA of the model")
+    own = {*model.modules(), *(parameter for parameter in model.parameters() if parameter.requires_grad)}
+    for name, module in teacher.named_modules():
+        matters = [*module.parameters(), *module.buffers()] or isinstance(module, nn.modules.dropout._DropoutNd)
+        if (matters and module in own) or not own.isdisjoint(module._parameters.values()):
+            raise ValueError(
+                f"teacher shares {type(module).__name__} {name!r} with the model, which would train it, and run it in "
+                "the teacher's mode; pass a copy: teacher=copy.deepcopy(teacher)"
+            )
 
 
-def _as_arguments(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(value, dict):
-        return (), value
-    return (value if isinstance(value, tuple) else (value,)), {}
-
-
-def _like_parameters(value: Any, module: nn.Module) -> Any:
-    """Move tensors in nested tuples, lists and dicts to the device of a module, floating ones to its dtype."""
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if parameter is None:
-        return value
-
-    def moved(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            return item.to(parameter.device, parameter.dtype if item.is_floating_point() else None)
-        if isinstance(item, dict):
-            return {key: moved(entry) for key, entry in item.items()}
-        if type(item) in (tuple, list):
-            return type(item)(moved(entry) for entry in item)
-        return item
-
-    return moved(value)
+def _difference(logits: Tensor, input: Tensor) -> str:
+    classes = min(1, input.dim() - 1)
+    if logits.dim() == input.dim() > 0 and logits.select(classes, 0).shape == input.select(classes, 0).shape:
+        return f"it knows {logits.shape[classes]} classes, and the model {input.shape[classes]}"
+    return (
+        "if they are reshaped or copied on the way from the model to the loss, let attach(..., output=...) do the same "
+        "to what the teacher returns"
+    )

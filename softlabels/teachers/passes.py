@@ -1,0 +1,236 @@
+"""Rule 3: logits know the pass that they came from.
+
+A training pass leaves a mark on the graph nodes of its outputs (``grad_fn.metadata``), and the graph of what a loss is
+given leads back to a mark: through casts, scaling, views, autocast, torch.compile and checkpoints. A mark lives as long
+as its graph. It says which output of the pass it is; the way to it says which rows.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from softlabels.teachers.averaged_weights import parts
+from softlabels.teachers.hooks import Hook, Scriptable
+from softlabels.teachers.structures import Output, find_logits, rebuilt, tensors
+
+Node = Any  # torch.autograd.graph.Node, and what it saved
+Way = Any  # the nodes between a mark and a loss's input, the mark's first: (node, index of its output, rest) or ()
+
+LOGITS = -1
+COMPILED = "CompiledFunctionBackward"
+MOVING = ("AsStrided", "Cat", "Flip", "Gather", "Index", "IndexSelect", "MaskedSelect", "Roll", "Sort", "Stack", "Topk")
+RESHAPING = ("ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View")
+VIEWS: dict[str, Callable[[Any, Node, int], Any]] = {
+    "Expand": lambda t, node, index: t.expand(_shape(node, index)),
+    "Permute": lambda t, node, _: t.permute([_signed(d) for d in node._saved_dims]),
+    "Select": lambda t, node, _: t.select(_signed(node._saved_dim), _signed(node._saved_index)),
+    "Slice": lambda t, node, _: t.movedim(_signed(node._saved_dim), 0)[
+        _signed(node._saved_start) : _signed(node._saved_end) : node._saved_step
+    ].movedim(0, _signed(node._saved_dim)),
+    "Split": lambda t, node, index: t.split(node._saved_split_size, _signed(node._saved_dim))[index],
+    "T": lambda t, node, _: t.t(),
+    "Transpose": lambda t, node, _: t.transpose(_signed(node._saved_dim0), _signed(node._saved_dim1)),
+    "Unbind": lambda t, node, index: t.unbind(_signed(node._saved_dim))[index],
+}
+
+
+class Pass:
+    """One training pass: its inputs until the teacher was asked about them, then its answers, output by output.
+
+    Args:
+        model: The model.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.answers: dict[int, Tensor] | None = None  # by position among the tensors of the output; logits: LOGITS
+        self.args, self.kwargs = args, kwargs
+        self.autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in _device_types()]
+        self.training: list[bool] | None = None
+        self.versions: list[int] = []
+        if not torch.compiler.is_compiling():  # a compiler knows neither versions nor copies of objects
+            self.args, self.kwargs = rebuilt(args), rebuilt(kwargs)
+            self.versions = [_version(tensor) for tensor in tensors((args, kwargs))]
+            self.training = [module.training for module in parts(model).modules]
+
+    def arguments(self, caches: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs; ``caches``: also where the model writes to one.
+
+        Raises:
+            RuntimeError: they have been written to, or one is a cache that the model writes to.
+        """
+        for name, value in (*enumerate(self.args), *self.kwargs.items()):
+            if not caches and any("Cache" in cls.__name__ for cls in type(value).__mro__):
+                raise RuntimeError(
+                    f"the model was given a cache of its own ({name!r}), and writes to it; train without it "
+                    "(use_cache=False), or let attach(..., teacher_inputs=...) leave it out"
+                )
+        if self.versions and self.versions != [_version(tensor) for tensor in tensors((self.args, self.kwargs))]:
+            raise RuntimeError(
+                "the inputs of this training pass have been written to since it began, so the teacher would see "
+                "something else; do not change them in place before the loss is computed"
+            )
+        return self.args, self.kwargs
+
+    @contextmanager
+    def autocast_state(self) -> Iterator[None]:
+        """Restore the autocast state of the pass, without its cache of cast weights."""
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+
+class Passes:
+    """Marks the training passes of a model for one loss, and finds them again.
+
+    Args:
+        model: The model; what it calls of itself within a pass is no pass.
+        output: Where its logits are.
+        begin: Called before each training pass.
+    """
+
+    def __init__(self, model: nn.Module, output: Output, begin: Callable[[], object]) -> None:
+        self.model = weakref.ref(model)
+        self._output, self._begin = output, begin
+        self._key = object()
+        self._running: dict[int, list[Pass | None]] = {}  # by thread: calls of the model that have not returned
+        self._unmarked: tuple[Any, ...] = (
+            None,
+        ) * 4  # passes of compiled hooks, which see no graph, with their outputs
+        self.handles: list[Any] = [
+            model.register_forward_pre_hook(Hook(self, "before"), prepend=True, with_kwargs=True),
+            model.register_forward_hook(Hook(self, "after"), always_call=True),
+        ]
+        model.__dict__.setdefault(Scriptable.NAME, Scriptable(model))
+        for handle in self.handles:
+            weakref.finalize(self, handle.remove)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and module is not self.model():
+            return  # a replica
+        running = self._running.setdefault(0 if compiling else threading.get_ident(), [])
+        if running and not compiling and not _is_nested(module):
+            running.clear()  # calls that were interrupted
+        counts = not running and module.training and torch.is_grad_enabled()
+        if counts and not compiling:
+            self._begin()
+        running.append(Pass(module, args, kwargs) if counts else None)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """Forward hook."""
+        compiling = torch.compiler.is_compiling()
+        running = self._running.get(0 if compiling else threading.get_ident()) or self._running.get(0)
+        if not running or (not compiling and module is not self.model()):
+            return
+        seen = running.pop()
+        if seen is not None and compiling:
+            self._unmarked = ((seen, result), *self._unmarked[:3])
+        elif seen is not None:
+            self._mark(seen, result)
+
+    def _mark(self, seen: Pass, result: Any) -> None:
+        logits = None if callable(self._output) else find_logits(result, self._output)
+        outputs = [(position, tensor) for position, tensor in enumerate(tensors(result)) if tensor is not logits]
+        for position, tensor in [(LOGITS, logits), *outputs] if isinstance(logits, Tensor) else outputs:
+            if tensor.grad_fn is not None:
+                marks: dict[int, Any] = tensor.grad_fn.metadata.setdefault(self._key, {})  # type: ignore[attr-defined]
+                if tensor.output_nr not in marks or marks[tensor.output_nr][0] is not seen:
+                    marks[tensor.output_nr] = (seen, position)
+
+    def find(self, logits: Tensor) -> tuple[Pass, int, Way, torch.Size] | None:
+        """The pass that logits came from, which of its outputs they were, the way, and the shape of that output.
+
+        Raises:
+            RuntimeError: they came from several.
+        """
+        unmarked, self._unmarked = self._unmarked, (None,) * 4
+        for entry in reversed([entry for entry in unmarked if entry is not None]):
+            self._mark(*entry)
+        waiting: list[tuple[Node, int, Way]] = [(logits.grad_fn, logits.output_nr, ())]
+        found: list[tuple[Pass, int, Way, torch.Size]] = []
+        visited: set[Any] = set()
+        for node, index, way in waiting:
+            marks = node.metadata.get(self._key, {}) if node is not None else {}
+            if marks and node.name() == COMPILED and index not in marks:
+                index = next(iter(marks))  # the graph of the model and of what comes after it
+            if index in marks:
+                found.append((*marks[index], way, _shape(node, index)))
+            elif node is not None:
+                edges = [edge for edge in node.next_functions if edge[0] is not None]
+                if 1 < len(edges) == len(node._input_metadata) and isinstance(node, BackwardCFunction):
+                    edges = [edges[index]]  # a hook's node, which hands each tensor on
+                waiting += [(*edge, (node, index, way)) for edge in edges if edge not in visited]
+                visited.update(edges)
+        if len({(seen, callable(self._output) or position) for seen, position, _, _ in found}) > 1:
+            raise RuntimeError(
+                "the loss was given logits made of several outputs or training passes of the attached model; call it "
+                "for each and add up, or let attach(..., output=...) combine the outputs of one pass"
+            )
+        if not found:
+            self._running.clear()  # whatever was interrupted inside a compiled model
+        return found[0] if found else None
+
+
+def same_rows(logits: Tensor, way: Way) -> Tensor:
+    """Lay out a teacher's logits as the model's were on their way from the model to the loss.
+
+    Raises:
+        RuntimeError: rows were picked or moved.
+    """
+    while way:
+        node, index, way = way
+        name = node.name().split("Backward")[0]
+        if name in MOVING:
+            raise RuntimeError(
+                f"the loss was given rows picked from the model's logits of shape {tuple(logits.shape)}, perhaps in "
+                "another order, which the teacher's do not follow; let attach(..., output=...) do the same to what the "
+                "teacher returns, or reorder the targets instead"
+            )
+        if name in VIEWS:
+            logits = VIEWS[name](logits, node, index)
+        elif name in RESHAPING:
+            logits = logits.reshape(_shape(node, index))
+        if logits.shape != _shape(node, index):
+            break
+    return logits
+
+
+def _shape(node: Node, index: int) -> torch.Size:
+    return torch.Size(node._input_metadata[index].shape)
+
+
+def _signed(number: int) -> int:
+    """Nodes show negative numbers as unsigned ones."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_nested(module: nn.Module) -> bool:
+    """Whether a module is called within a call of itself in this thread."""
+    frame, calls = sys._getframe(), 0
+    while frame is not None:
+        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls > 1
+
+
+def _device_types() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
