@@ -19,7 +19,17 @@ import softlabels
 from softlabels import functional, metrics, plotting, tuning
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("torchmetrics", "scipy.optimize", "scipy.special", "matplotlib", "sklearn", "tqdm", "mkdocs", "hypothesis")
+EXTRAS = (
+    "torchmetrics",
+    "scipy.optimize",
+    "scipy.special",
+    "matplotlib",
+    "sklearn",
+    "tqdm",
+    "mkdocs",
+    "hypothesis",
+    "distributed",
+)
 PUBLIC = [
     (module, name)
     for module in (softlabels, functional, metrics, plotting, tuning)

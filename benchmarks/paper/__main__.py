@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import io
+import math
 import os
 import shlex
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -12,18 +16,22 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.paper import report
+from benchmarks.paper import estimate, report
+from benchmarks.paper.cluster import existing, local
 from benchmarks.paper.data import DATASETS, own_folder
 from benchmarks.paper.experiment import Plan, Results
 from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.interrupt import stoppable
 from benchmarks.paper.models import MODELS
 from benchmarks.paper.recipe import Recipe
-from benchmarks.paper.schedule import do, prepare
+from benchmarks.paper.runs import Run
+from benchmarks.paper.schedule import do, kept, missing
 from benchmarks.paper.setting import PRESETS, Setting, preset
 from benchmarks.paper.statistics import Claim
-from benchmarks.paper.store import Store
+from benchmarks.paper.store import Store, read_records
+from benchmarks.paper.worker import prepare
 
-NOT_SHOWN = {"out", "workers", "data_dir"}  # options that say where and how, and change no number
+NOT_SHOWN = {"out", "workers", "scheduler", "data_dir"}  # options that say where and how, and change no number
 GRIDS = tuple(name for name, kind in Setting.__annotations__.items() if "tuple" in kind)
 
 
@@ -31,9 +39,20 @@ def numbers(text: str) -> tuple[float, ...]:
     """Numbers separated by commas, each a fraction like 1/3 or a decimal."""
     numbers = []
     for part in text.split(","):
-        numerator, _, denominator = part.partition("/")
-        numbers.append(float(numerator) / float(denominator or 1))
+        numerator, slash, denominator = part.partition("/")
+        divisor = number(denominator) if slash else 1.0
+        if divisor == 0:
+            raise argparse.ArgumentTypeError(f"cannot divide by 0, got {part}")
+        numbers.append(number(numerator) / divisor)
     return tuple(numbers)
+
+
+def number(text: str) -> float:
+    """Make a finite number of a decimal."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,7 +79,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, help="runs per method")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--workers", type=int, help="processes (default: one per core, at most 8; 4 on a GPU)")
-    parser.add_argument("--ema-decay", type=float, help="of Beta smoothing")
+    parser.add_argument(
+        "--scheduler",
+        metavar="TCP://HOST:PORT",
+        help="use this cluster of Dask, named by its address or scheduler file",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be run, the hours and the disk it takes"
+    )
+    parser.add_argument("--ema-decay", type=number, help="of Beta smoothing")
     parser.add_argument("--generations", type=int, help="of sequential")
     for name in GRIDS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=numbers, metavar="X,X,...")
@@ -72,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         elif "tuple" in kind:
             recipe.add_argument(flag, type=numbers, metavar="X,X,...")
         else:
-            recipe.add_argument(flag, type=int if "int" in kind else float)
+            recipe.add_argument(flag, type=int if "int" in kind else number)
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -87,12 +114,14 @@ def make_setting(options: argparse.Namespace) -> Setting:
     if options.dataset == "folder":
         if options.data_dir is None:
             raise ValueError("--dataset folder needs --data-dir, the folder with train/CLASS/ and test/CLASS/")
-        size = options.size or 64
+        size = 64 if options.size is None else options.size
         setting = preset(
             options.preset, own_folder(options.data_dir, size), options.model, options.other_model, size=size
         )
     else:
         setting = preset(options.preset, options.dataset, options.model, options.other_model)
+        if options.data_dir is not None and setting.data.name == "digits":
+            raise ValueError("--data-dir is for data sets of files; digits is embedded in scikit-learn")
     given = {name: value for name, value in vars(options).items() if value is not None}
     parts = {
         "data": {name: given[name] for name in ("train_size", "pairs", "size") if name in given},
@@ -112,24 +141,79 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.workers is not None and options.workers < 1:
         parser.error(f"workers must be at least 1, got {options.workers}")
+    if options.workers is not None and options.scheduler is not None and not options.dry_run:
+        parser.error("--workers is for processes of this machine; the cluster of --scheduler has its own")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # tables have signs that not every terminal has
     names = list(EXPERIMENTS) if "all" in options.experiment else list(dict.fromkeys(options.experiment))
     start = time.perf_counter()
     try:
-        setting = make_setting(options)
-        plans = {name: EXPERIMENTS[name].plan(setting) for name in names}
-        if setting.device == "cuda" and not torch.cuda.is_available():
-            parser.error("this torch finds no CUDA device; choose --device cpu, or --preset laptop")
-        runs = [run.repeated(seed) for plan in plans.values() for run in plan.values() for seed in range(setting.seeds)]
-        with Store(options.out) as store:
-            prepare(runs, store, options.data_dir)
-            workers = options.workers or (4 if setting.device == "cuda" else min(os.cpu_count() or 1, 8))
-            failures = do(runs, store, workers, options.data_dir)
-    except (FileNotFoundError, ValueError) as error:
+        with stoppable():
+            setting = make_setting(options)
+            check_installed(setting.data.name)
+            plans = {name: EXPERIMENTS[name].plan(setting) for name in names}
+            runs = [run.repeated(s) for plan in plans.values() for run in plan.values() for s in range(setting.seeds)]
+            if options.dry_run:
+                print(estimate.describe(runs, Store(options.out, read_only=True), _processes(options, setting.device)))
+                return
+            store, failures = train(options, runs)
+            failures += write(options.out, setting, plans, store, _command(arguments))
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted; {_how_to_go_on(options.out)}", file=sys.stderr)
+        sys.exit(128 + int(*interrupt.args or (signal.SIGINT,)))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.errno is None:  # our own, of a data set
+            parser.error(str(error))
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        sys.exit(f"{what}; {_how_to_go_on(options.out)}")
+    except ValueError as error:
         parser.error(str(error))
-    failures += write(options.out, setting, plans, store, _command(arguments))
     print(f"{time.perf_counter() - start:.0f} s; runs, tables and figures in {options.out}/")
     if failures:
         sys.exit("\n".join(["", "failed:", *failures]))
+
+
+def check_installed(dataset: str) -> None:
+    """Say at the start what is missing, and not after hours of training."""
+    needed = ["distributed", "matplotlib", "tqdm"]
+    if dataset == "digits":
+        needed.append("sklearn")
+    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise ValueError(f"{', '.join(lacking)} must be installed: pip install -e '.[benchmarks]'")
+
+
+def train(options: argparse.Namespace, runs: list[Run]) -> tuple[Store, list[str]]:
+    """Do the missing runs, and say which failed."""
+    with Store(options.out) as store:
+        todo = missing(runs, store)
+        if not todo:
+            return store, []
+        device, keep = todo[0].device, kept([*runs, *todo])
+        if options.scheduler is not None:
+            with existing(options.scheduler, device) as client:
+                return store, do(todo, keep, store, client, prepare(todo, store, options.data_dir))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("this torch finds no CUDA device; choose --device cpu, or --preset laptop")
+        inputs = prepare(todo, store, options.data_dir)
+        with local(min(_processes(options, device) or 1, len(todo))) as client:
+            return store, do(todo, keep, store, client, inputs)
+
+
+def _processes(options: argparse.Namespace, device: str) -> int | None:
+    if options.workers is not None or options.scheduler is not None:
+        return options.workers
+    return 4 if device == "cuda" else min(os.cpu_count() or 1, 8)
+
+
+def _how_to_go_on(out: Path) -> str:
+    try:
+        count = len(read_records(out / "runs.jsonl"))
+    except (OSError, ValueError):
+        count = 0
+    return (
+        f"{count} runs are stored in {out}/, and the same command goes on from there" if count else "nothing is stored"
+    )
 
 
 def write(out: Path, setting: Setting, plans: dict[str, Plan], store: Store, command: str) -> list[str]:
@@ -142,10 +226,10 @@ def write(out: Path, setting: Setting, plans: dict[str, Plan], store: Store, com
             continue
         results = Results(plan, setting.seeds, store)
         claims[name] = report.save(out / name, EXPERIMENTS[name], setting, results, command)
-        print("\n" + (out / name / "table.md").read_text())
+        print("\n" + (out / name / "table.md").read_text("utf-8"))
     if len(claims) > 1:
         table = report.verdict_table(claims)
-        (out / "verdicts.md").write_text(f"# Verdicts: {setting.describe()}\n\n{table}\n")
+        (out / "verdicts.md").write_text(f"# Verdicts: {setting.describe()}\n\n{table}\n", encoding="utf-8")
         print(f"\n{table}\n")
     return incomplete
 

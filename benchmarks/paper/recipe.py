@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,17 @@ class Recipe:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "lr_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        if not all(0 < fraction < 1 for fraction in self.milestones):
+            raise ValueError(f"milestones must be fractions between 0 and 1, got {self.milestones}")
+        if self.padding is not None and self.padding < 0:
+            raise ValueError(f"padding must be at least 0, got {self.padding}")
 
     def steps(self, samples: int) -> int:
         """Optimizer steps of a whole training run on this many samples."""

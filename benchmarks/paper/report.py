@@ -46,7 +46,8 @@ def save(folder: Path, experiment: Experiment, setting: Setting, results: Result
         title += f": {setting.describe()}"
         note = "Test set, mean over seeds ± half-width of the 95% interval; ECE of 15 bins. "
     (folder / "table.md").write_text(
-        f"# {title}\n\n{table}\n\n{note}{provenance(results, command)}\n\n## Verdicts\n\n{verdicts(claims)}\n"
+        f"# {title}\n\n{table}\n\n{note}{provenance(results, command)}\n\n## Verdicts\n\n{verdicts(claims)}\n",
+        encoding="utf-8",
     )
     experiment.draw(setting, results, folder)
     return claims

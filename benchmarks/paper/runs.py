@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,6 @@ from benchmarks.paper.data import Data, DataSpec, load, train_size
 from benchmarks.paper.methods import Method, Task, make_criterion
 from benchmarks.paper.models import ModelSpec
 from benchmarks.paper.recipe import Recipe, evaluate, predict, train
-from benchmarks.paper.store import save_whole
 from benchmarks.provenance import hardware, versions
 from softlabels.metrics import reliability_curve
 
@@ -51,10 +52,11 @@ class Run:
                 f"batch_size={self.recipe.batch_size} is more than the {samples:,} training samples of {self.data.name}"
             )
 
-    def describe(self) -> str:
+    def describe(self, with_seed: bool = True) -> str:
         """Name the run in a message."""
         options = {name: value for name, value in self.method.options.items() if value}
-        return f"{self.method.name} {options or ''} on {self.data.name} with {self.model.name}, seed {self.seed}"
+        seed = f", seed {self.seed}" if with_seed else ""
+        return f"{self.method.name} {options or ''} on {self.data.name} with {self.model.name}{seed}"
 
     def repeated(self, repetition: int) -> Run:
         """Give the same run and its teachers, each with its seed plus ``repetition``."""
@@ -74,32 +76,45 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+Record = dict[str, Any]
+Weights = bytes  # a state dict, as torch.save writes it
+
+
 def execute(
     run: Run,
-    checkpoints: Path,
-    save: bool,
+    taught_by: Weights | None = None,
+    *,
+    save: bool = False,
     folder: Path | None = None,
     cache: Path | None = None,
+    expected: str | None = None,
     on_epoch: Callable[[int], None] = lambda steps: None,
-) -> dict[str, Any]:
-    """Train, evaluate and return the record.
+) -> tuple[Record, Weights | None]:
+    """Train, evaluate and return the record, and the weights if they are to be saved.
 
     Args:
         run: What to do.
-        checkpoints: Folder of the weights of teachers, by key.
-        save: Whether to leave the weights there.
+        taught_by: Weights of the teacher.
+        save: Whether to return the weights.
         folder: Where the data set lies; None for the usual places.
         cache: Folder of decoded data sets.
+        expected: Digest that the data set should have; None is any.
         on_epoch: Called with the number of optimizer steps after each epoch.
+
+    Raises:
+        ValueError: the data set is another than expected.
     """
     start = time.perf_counter()
     data, digest = _data(run.data, folder, cache, run.device)
+    if digest != (expected or digest):
+        raise ValueError(f"{run.data.name} has the digest {digest} on {platform.node()}, and should have {expected}")
     torch.manual_seed(run.seed)
     model = _make(run, data)
     task = Task(model, data.num_classes, data.train.labels)
     if run.teacher is not None:
         teacher = _make(run.teacher, data)
-        teacher.load_state_dict(torch.load(checkpoints / f"{run.teacher.key}.pt", map_location=run.device))
+        assert taught_by is not None
+        teacher.load_state_dict(torch.load(io.BytesIO(taught_by), map_location=run.device))
         teacher.requires_grad_(False)
         task = dataclasses.replace(
             task, teacher=teacher, teacher_logits=predict(teacher, data.train, data.normalise, run.teacher.recipe)
@@ -107,8 +122,7 @@ def execute(
     criterion = make_criterion(run.method, task)
     torch.manual_seed(run.seed)  # whatever the model and its teacher drew, methods draw the same
     epochs = train(model, criterion, data, run.recipe, run.seed, on_epoch)
-    if save:
-        save_whole(model.state_dict(), checkpoints / f"{run.key}.pt")
+    weights = _weights(model) if save else None
     logits = {name: predict(model, getattr(data, name), data.normalise, run.recipe) for name in ("train", "validation")}
     test = predict(model, data.test, data.normalise, run.recipe)
     curve = vars(reliability_curve(test, data.test.labels))
@@ -121,7 +135,7 @@ def execute(
         "soft_labels": _soft_labels(criterion, task),
         "epochs": epochs,
     }
-    return {
+    record = {
         "key": run.key,
         **run.config(),
         **_finite(metrics),
@@ -131,6 +145,13 @@ def execute(
         "versions": versions(),
         "hardware": hardware(run.device),
     }
+    return record, weights
+
+
+def _weights(model: nn.Module) -> Weights:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getvalue()
 
 
 def _make(run: Run, data: Data) -> nn.Module:
@@ -142,11 +163,7 @@ def _make(run: Run, data: Data) -> nn.Module:
 def _data(spec: DataSpec, folder: Path | None, cache: Path | None, device: str) -> tuple[Data, str]:
     """Load a data set once per process, with a hash of its bytes."""
     data = load(spec, folder, cache)
-    hashed = hashlib.sha256()
-    for split in (data.train, data.validation, data.test):
-        hashed.update(split.images.contiguous().numpy())
-        hashed.update(split.labels.contiguous().numpy())
-    return data.to(device), hashed.hexdigest()[:16]
+    return data.to(device), data.digest()
 
 
 def _soft_labels(criterion: nn.Module, task: Task) -> dict[str, Any]:

@@ -1,22 +1,14 @@
-"""Do the runs that are not yet in the store, teachers before students, in parallel processes."""
+"""Do the runs that are not yet in the store: each is a task of Dask, and a student's depends on its teacher's."""
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import multiprocessing as mp
-from tqdm import tqdm
-
-from benchmarks.paper.data import load, train_size
-from benchmarks.paper.runs import Run, execute
+from benchmarks.paper.cluster import each, submit
+from benchmarks.paper.runs import Run
 from benchmarks.paper.store import Store
+from benchmarks.paper.worker import Inputs, progress, work
 
 
 def missing(runs: Iterable[Run], store: Store) -> list[Run]:
@@ -27,9 +19,7 @@ def missing(runs: Iterable[Run], store: Store) -> list[Run]:
     todo: dict[str, Run] = {}
 
     def visit(run: Run, as_teacher: bool) -> None:
-        if run.key in todo:
-            return
-        if run.key in store.records and not (as_teacher and not store.has_checkpoint(run.key)):
+        if run.key in todo or (run.key in store.records and not (as_teacher and store.weights(run.key) is None)):
             return
         if run.teacher is not None:
             visit(run.teacher, True)
@@ -40,82 +30,26 @@ def missing(runs: Iterable[Run], store: Store) -> list[Run]:
     return list(todo.values())
 
 
-def prepare(runs: Iterable[Run], store: Store, folder: Path | None = None) -> None:
-    """Load each data set once: what is missing or broken is found, and decoded, before any process starts."""
-    for spec in dict.fromkeys(run.data for run in missing(runs, store)):
-        load(spec, folder, store.data)
+def kept(runs: Iterable[Run]) -> set[str]:
+    """Keys of runs whose weights are worth keeping, for the students of these or of later experiments."""
+    return {run.key for run in runs if run.method.name == "cross-entropy"} | {r.teacher.key for r in runs if r.teacher}
 
 
-def do(runs: list[Run], store: Store, workers: int, folder: Path | None = None) -> list[str]:
-    """Do the missing runs with a progress bar over optimizer steps; each record is stored as soon as it is there.
+def do(todo: list[Run], keep: set[str], store: Store, client: Any, inputs: Inputs) -> list[str]:
+    """Do runs, store each as soon as it is there, with its weights if its key is in ``keep``; return what failed.
 
-    A run that fails takes its students with it, and no other.
-
-    Args:
-        runs: What must be in the store in the end.
-        store: Where records and weights go.
-        workers: Processes. On a CPU each uses one thread, so that results do not depend on their number.
-        folder: Where the data set lies; None for the usual places.
-
-    Returns:
-        What failed, one line per run.
+    A run that fails takes its students with it, and no other. After an interrupt, what is done is stored.
     """
-    todo = missing(runs, store)
-    if not todo:
-        return []
-    teachers = {run.teacher.key for run in [*runs, *todo] if run.teacher is not None}
-    waiting = list(todo)
-    steps = {run.key: run.recipe.steps(train_size(run.data)) for run in todo}
-    context = mp.get_context("spawn")
-    finished_steps = context.SimpleQueue()
-    interval = 0.2 if sys.stderr.isatty() else 30.0  # seconds between lines of a log file
-    pool = ProcessPoolExecutor(min(workers, len(todo)), context, _initialise, (finished_steps,))
-    bar = tqdm(total=sum(steps.values()), unit="step", smoothing=0.05, mininterval=interval, desc=f"{len(todo)} runs")
-    running: dict[Future[dict[str, Any]], Run] = {}
-    failed: dict[str, str] = {}
-    with pool, bar:
-        while running or waiting:
-            for run in [run for run in waiting if run.teacher is not None and run.teacher.key in failed]:
-                waiting.remove(run)
-                failed[run.key] = f"{run.describe()}: its teacher failed"
-            unfinished = {run.key for run in [*waiting, *running.values()]}
-            ready = [run for run in waiting if run.teacher is None or run.teacher.key not in unfinished]
-            for run in ready[: workers - len(running)]:
-                waiting.remove(run)
-                save = run.key in teachers or run.method.name == "cross-entropy"
-                running[pool.submit(_work, run, folder, store.checkpoints, store.data, save)] = run
-            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            for future in done:
-                run = running.pop(future)
-                error = future.exception()
-                if isinstance(error, BrokenExecutor):  # a process was killed, and the pool takes no more work
-                    raise RuntimeError(f"a process ended during {run.describe()}; is there enough memory?") from error
-                if error is None:
-                    store.add(future.result())
-                else:
-                    failed[run.key] = f"{run.describe()}: {type(error).__name__}: {error}"
-            while not finished_steps.empty():
-                bar.update(finished_steps.get())
-    return list(failed.values())
-
-
-_finished_steps: Any = None
-
-
-def _initialise(finished_steps: Any) -> None:
-    global _finished_steps
-    _finished_steps = finished_steps
-    torch.set_num_threads(1)  # these networks are too small to share; one thread also makes runs repeatable
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A process whose parent was killed would train on for nobody."""
-    parent = mp.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work(run: Run, folder: Path | None, checkpoints: Path, cache: Path, save: bool) -> dict[str, Any]:
-    return execute(run, checkpoints, save, folder, cache, _finished_steps.put)
+    futures: dict[str, Any] = {}
+    for run in todo:
+        teacher = run.teacher and run.teacher.key
+        if teacher is not None and teacher not in futures:
+            futures[teacher] = submit(client, inputs.name(teacher), tuple, (None, store.weights(teacher)))
+        taught_by = teacher and futures[teacher]
+        futures[run.key] = submit(client, inputs.name(run.key), work, run, taught_by, run.key in keep, inputs)
+    with progress(client, inputs, todo):
+        failed = each([futures.pop(run.key) for run in todo], lambda done: store.add(*done))
+    fates = {run.key: failed.get(inputs.name(run.key)) for run in todo}
+    students = {run.key for run in todo if run.teacher is not None and fates.get(run.teacher.key)}
+    lost = [(run, "its teacher failed" if run.key in students else fates[run.key]) for run in todo if fates[run.key]]
+    return [f"{run.describe()}: {why}" for run, why in lost]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.paper.data import DataSpec, train_size
-from benchmarks.paper.methods import TRUE_CLASS, Method, beta_smoothing, cross_entropy
+from benchmarks.paper.methods import ALPHA, TRUE_CLASS, Method, beta_smoothing, cross_entropy
 from benchmarks.paper.models import ModelSpec
 from benchmarks.paper.recipe import Recipe
 from benchmarks.paper.runs import TEACHER_SEED, Run
@@ -59,18 +60,26 @@ class Setting:
         for name, low, high in (("seeds", 1, TEACHER_SEED), ("generations", 2, 1000)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if not self.student_alphas or not all(0 <= alpha <= 1 for alpha in self.student_alphas):
+            raise ValueError(
+                f"student_alphas must be 1 or more numbers from 0 to 1, got {_listed(self.student_alphas)}"
+            )
+        if not all(0 <= alpha < TRUE_CLASS for alpha in self.beta_alphas):
+            raise ValueError(f"beta_alphas must be from 0 to below {TRUE_CLASS}, got {_listed(self.beta_alphas)}")
         grids = {"temperatures": 3, "fractions": 2, "weight_decays": 2, "student_temperatures": 1, "prunes": 1}
         for name, least in grids.items():
-            grid, got = getattr(self, name), ", ".join(f"{x:g}" for x in getattr(self, name))
-            if len(grid) < least or list(grid) != sorted(set(grid)) or grid[0] <= 0:
+            grid, got = getattr(self, name), _listed(getattr(self, name))
+            if len(grid) < least or list(grid) != sorted(set(grid)) or not all(0 < x < math.inf for x in grid):
                 raise ValueError(f"{name} must be {least} or more numbers above 0 that rise, got {got}")
             if name == "fractions" and grid[-1] > 1:
                 raise ValueError(f"fractions must be at most 1, got {got}")
             if name == "prunes" and (0.5 not in grid or grid[-1] >= 1):
                 raise ValueError(f"prunes must be below 1, and 0.5 be among them, got {got}")
-        if not all(0 < share < 1 and share != TRUE_CLASS for share in self.true_classes):
-            got = ", ".join(f"{x:g}" for x in self.true_classes)
-            raise ValueError(f"true_classes must be above 0, below 1 and not {TRUE_CLASS}, got {got}")
+        if not all(ALPHA < share < 1 and share != TRUE_CLASS for share in self.true_classes):
+            got = _listed(self.true_classes)
+            raise ValueError(f"true_classes must be above {ALPHA}, below 1 and not {TRUE_CLASS}, got {got}")
 
     def run(self, method: Method, teacher: Run | None = None, **changes: Any) -> Run:
         """Make the run of a method, with seed 0; ``changes`` are fields of ``Run``."""
@@ -95,6 +104,10 @@ class Setting:
         model = self.model.name if self.model.width is None else f"{self.model.name} of width {self.model.width}"
         seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
         return f"{data}, {model}, {self.recipe.epochs} epochs, {seeds}"
+
+
+def _listed(grid: tuple[float, ...]) -> str:
+    return ", ".join(f"{x:g}" for x in grid)
 
 
 PRESETS = ("smoke", "laptop", "gpu", "paper")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import math
+import os
+import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +16,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.paper.data import cifar, fashion, image_folders
-from benchmarks.paper.data.dataset import Data, Split, hold_out
+from benchmarks.paper.data.dataset import Data, Split, hold_out, inner
 from benchmarks.paper.data.digits import digits
 from benchmarks.paper.data.hub import HubName, read_hub
-from benchmarks.paper.store import save_whole
+from benchmarks.paper.store import write_whole
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Source:
         shape: Channels, height and width.
         read: Reads a folder in the layout of the official archive.
         archive: What that archive is called.
+        inner: The folder in it.
         hub: Where it is on the Hugging Face hub; None: nowhere.
         padding: Pixels of random shift that are usual for it.
         folder: Where a package of the operating system installs it.
@@ -78,6 +83,7 @@ class Source:
     read: Callable[[Path], tuple[Split, Split]]
     archive: str
     hub: HubName | None
+    inner: str = "."
     padding: int = 4
     folder: Path | None = None
     slow: bool = False
@@ -121,6 +127,7 @@ SOURCES = {
         image_folders.read_tiny_imagenet,
         "tiny-imagenet-200.zip, unpacked",
         HubName("zh-plus/tiny-imagenet", test="valid"),
+        inner="tiny-imagenet-200",
         slow=True,
     ),
     "cub200": Source(
@@ -131,6 +138,7 @@ SOURCES = {
         image_folders.read_cub200,
         "CUB_200_2011.tgz, unpacked",
         HubName("Donghyun99/CUB-200-2011"),
+        inner="CUB_200_2011",
         padding=28,  # an eighth of the height, as CIFAR's 4
         slow=True,
     ),
@@ -141,7 +149,7 @@ DATASETS = ("digits", "fashion-pairs", *SOURCES)
 def own_folder(folder: Path, size: int) -> str:
     """Make a data set of a folder of image files, ``train/CLASS/*`` and ``test/CLASS/*``, and give it a name.
 
-    The name ends in a hash of what the folder holds, so that the runs of one data set are never taken for another's.
+    The name ends in a hash of the images' files, so that the runs of one data set are never taken for another's.
 
     Args:
         folder: Where it lies.
@@ -149,14 +157,15 @@ def own_folder(folder: Path, size: int) -> str:
 
     Raises:
         FileNotFoundError: there are no such folders.
-        ValueError: the classes of the two differ, or ``size`` is too small for a network with three halvings.
+        ValueError: the classes of the two differ, one is empty, all have too few images, or ``size`` is too small for a
+            network with three halvings.
     """
     if size < 8:
         raise ValueError(f"size must be at least 8, got {size}")
     train, test = image_folders.list_folder(folder)
-    files = [f"{path.relative_to(folder)} {path.stat().st_size}" for path, _ in (*train, *test)]
-    digest = hashlib.sha256("\n".join([str(size), *files]).encode()).hexdigest()[:8]
-    name = f"{folder.resolve().name}-{digest}"
+    content = image_folders.fingerprint((path for path, _ in (*train, *test)), folder)
+    digest = hashlib.sha256(f"{size} {content}".encode()).hexdigest()[:8]
+    name = f"{os.fsencode(folder.resolve().name).decode(errors='replace')}-{digest}"
     SOURCES[name] = Source(
         1 + max(label for _, label in train),
         len(train),
@@ -183,6 +192,21 @@ def _train_size(spec: DataSpec) -> int:
     return total - total // 10
 
 
+def shape(spec: DataSpec) -> tuple[int, int]:
+    """Numbers of classes and of channels, without reading anything."""
+    if spec.name in SOURCES:
+        return SOURCES[spec.name].num_classes, SOURCES[spec.name].shape[0]
+    return {"digits": 10, "fashion-pairs": 100}[spec.name], 1
+
+
+def decoded_bytes(name: str) -> int:
+    """Bytes of the images that are kept decoded."""
+    if name not in SOURCES or not SOURCES[name].slow:
+        return 0
+    source = SOURCES[name]
+    return (source.train + source.test) * math.prod(source.shape)
+
+
 def load(spec: DataSpec, folder: Path | None = None, cache: Path | None = None) -> Data:
     """Load a data set, on the CPU.
 
@@ -202,7 +226,7 @@ def load(spec: DataSpec, folder: Path | None = None, cache: Path | None = None) 
         data = fashion.fashion_pairs(*_splits("fashion-mnist", folder, cache), spec.pairs, spec.size)
     else:
         if spec.name not in SOURCES and folder is not None and own_folder(folder, spec.size) != spec.name:
-            raise ValueError(f"{folder} has changed since {spec.name} was made of it; start again")
+            raise ValueError(f"{folder} does not hold the images that {spec.name} was made of; start again")
         source = SOURCES[spec.name]
         train, test = _splits(spec.name, folder, cache)
         data = Data(source.num_classes, *hold_out(train), test, padding=source.padding, flip=True)
@@ -219,10 +243,14 @@ def _splits(name: str, folder: Path | None, cache: Path | None) -> tuple[Split, 
     origin = "the hub" if folder is None else str(folder)
     kept = None
     if cache is not None and (source.slow or folder is None):
-        kept = cache / f"{name}-{hashlib.sha256(str(folder and folder.resolve()).encode()).hexdigest()[:8]}.pt"
+        own = name not in DATASETS  # its name has a hash of the files
+        kept = cache / (f"{name}.pt" if own else f"{name}-{_version(source, folder)}.pt")
         if kept.exists():
-            stored = torch.load(kept, mmap=True)
-            return Split(stored["train"], stored["train_labels"]), Split(stored["test"], stored["test_labels"])
+            try:
+                stored = torch.load(kept, mmap=True)
+                return Split(stored["train"], stored["train_labels"]), Split(stored["test"], stored["test_labels"])
+            except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+                print(f"{kept} is broken ({error}); it is made again", file=sys.stderr)
     if folder is not None:
         try:
             train, test = source.read(folder)
@@ -241,8 +269,16 @@ def _splits(name: str, folder: Path | None, cache: Path | None) -> tuple[Split, 
         _check(f"{part} split of {name} from {origin}", split, count, source)
     if kept is not None:
         tensors = {"train": train.images, "train_labels": train.labels, "test": test.images, "test_labels": test.labels}
-        save_whole(tensors, kept)
+        write_whole(kept, functools.partial(torch.save, tensors))
     return train, test
+
+
+def _version(source: Source, folder: Path | None) -> str:
+    """What decoded images are kept under: a hash of the files that they come from."""
+    if folder is None:
+        return f"hub-{image_folders.READING}"
+    folder = inner(folder, source.inner)
+    return image_folders.fingerprint(image_folders.files_below(folder), folder)[:8]
 
 
 def _ways(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.paper.data.dataset import Split
+from benchmarks.paper.data.dataset import Split, inner
 
 _ALLOWED = {  # all that a pickled numpy array of bytes needs; a file that asks for more is not opened
     "_reconstruct": np.empty(0).__reduce__()[0],
@@ -32,7 +32,7 @@ class _Unpickler(pickle.Unpickler):
 
 def read_cifar10(folder: Path) -> tuple[Split, Split]:
     """Training and test split of the folder ``cifar-10-batches-py``, or of one that contains it."""
-    folder = _inner(folder, "cifar-10-batches-py")
+    folder = inner(folder, "cifar-10-batches-py")
     train = [_read(folder / f"data_batch_{number}", b"labels") for number in range(1, 6)]
     together = Split(torch.cat([part.images for part in train]), torch.cat([part.labels for part in train]))
     return together, _read(folder / "test_batch", b"labels")
@@ -40,12 +40,8 @@ def read_cifar10(folder: Path) -> tuple[Split, Split]:
 
 def read_cifar100(folder: Path) -> tuple[Split, Split]:
     """Training and test split, with the 100 fine labels, of ``cifar-100-python`` or a folder that contains it."""
-    folder = _inner(folder, "cifar-100-python")
+    folder = inner(folder, "cifar-100-python")
     return _read(folder / "train", b"fine_labels"), _read(folder / "test", b"fine_labels")
-
-
-def _inner(folder: Path, name: str) -> Path:
-    return folder / name if (folder / name).is_dir() else folder
 
 
 def _read(path: Path, labels: bytes) -> Split:

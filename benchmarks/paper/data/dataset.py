@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,6 +53,14 @@ class Data:
         """What normalises the images of every split, by the statistics of the training images."""
         return Normalise(self.train.images)
 
+    def digest(self) -> str:
+        """Hash of the bytes of every split."""
+        hashed = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            hashed.update(split.images.contiguous().numpy())
+            hashed.update(split.labels.contiguous().numpy())
+        return hashed.hexdigest()[:16]
+
     def to(self, device: str) -> Data:
         """Move every split to a device."""
         move = {
@@ -58,6 +68,11 @@ class Data:
             for name in ("train", "validation", "test")
         }
         return replace(self, **move)
+
+
+def inner(folder: Path, name: str) -> Path:
+    """Give the folder of an archive, whether it is ``folder`` or in it."""
+    return folder / name if (folder / name).is_dir() else folder
 
 
 def hold_out(split: Split, count: int | None = None) -> tuple[Split, Split]:

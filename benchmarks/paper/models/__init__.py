@@ -35,8 +35,15 @@ class ModelSpec:
     name: str
     width: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check both."""
+        if self.name not in MODELS:
+            raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.name!r}")
+        if self.width is not None and self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+
 
 def make(spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
     """Build a network with fresh weights from torch's default generator."""
     maker, width = MODELS[spec.name]
-    return maker(num_classes=num_classes, channels=channels, width=spec.width or width)
+    return maker(num_classes=num_classes, channels=channels, width=width if spec.width is None else spec.width)

@@ -208,7 +208,7 @@ def save_image(path, colour, size):
     Image.new("RGB", size, colour).save(path)
 
 
-def test_tiny_imagenet(tmp_path, small):
+def test_tiny_imagenet(tmp_path, small, capsys):
     folder = tmp_path / "tiny-imagenet-200"
     names = ["n02", "n01", "n03"]  # the order of wnids.txt counts, not the alphabet
     for index, name in enumerate(names):
@@ -227,9 +227,20 @@ def test_tiny_imagenet(tmp_path, small):
     assert (len(data.train), len(data.validation), len(data.test)) == (11, 1, 3)
     for split in (data.train, data.test):
         torch.testing.assert_close(split.images[:, 0, 9, 9].float(), 60.0 * split.labels, atol=3, rtol=0)  # JPEG
-    (folder / "wnids.txt").unlink()
+    decode, small_again = datasets.SOURCES["tiny-imagenet"].read, small
+    small_again("tiny-imagenet", read=None)
     again = load(DataSpec("tiny-imagenet"), tmp_path, tmp_path / "cache")  # decoded images were kept
     assert torch.equal(again.train.images, data.train.images)
+    small_again("tiny-imagenet", read=decode)
+    picture = folder / "val" / "images" / "val_0.JPEG"
+    size = picture.stat().st_size
+    save_image(picture, (0, 250, 0), (64, 64))
+    picture.write_bytes(picture.read_bytes().ljust(size, b"\0")[:size])
+    assert load(DataSpec("tiny-imagenet"), tmp_path, tmp_path / "cache").test.images[0, 1].float().mean() > 200
+    for path in (tmp_path / "cache").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    assert load(DataSpec("tiny-imagenet"), tmp_path, tmp_path / "cache").test.images[0, 1].float().mean() > 200
+    assert "is broken" in capsys.readouterr().err
 
 
 def test_cub200(tmp_path, small):
@@ -267,7 +278,7 @@ def test_a_folder_of_ones_own(tmp_path, capsys):
     assert torch.equal(load(spec, tmp_path / "pets").test.images, data.test.images)
     (tmp_path / "pets" / "train" / "cat" / "00.png").unlink()
     del datasets.SOURCES[name]
-    with pytest.raises(ValueError, match="has changed since pets-"):
+    with pytest.raises(ValueError, match=r"does not hold the images that pets-.* was made of"):
         load(spec, tmp_path / "pets")
     assert datasets.own_folder(tmp_path / "pets", 16) != name
 

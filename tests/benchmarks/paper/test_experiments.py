@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,17 +12,15 @@ import pytest
 import torch
 
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import figures, methods, report
+from benchmarks.paper import figures, report
 from benchmarks.paper.experiment import Results, gap
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.recipe import Recipe
 from benchmarks.paper.runs import TEACHER_SEED
-from benchmarks.paper.schedule import do, missing
 from benchmarks.paper.setting import PRESETS, Setting, preset
 from benchmarks.paper.store import Store
 from softlabels.metrics import reliability_curve
 
-ROOT = Path(__file__).parents[3]
 SMOKE = ["--preset", "smoke", "--workers", "2"]
 
 
@@ -284,7 +275,7 @@ def test_command_line(tmp_path, capsys):
         (["pruned", "--prunes", "0.25,0.75"], "prunes must be below 1, and 0.5 be among them, got 0.25, 0.75"),
         (
             ["comparison", "--true-classes", "0.95,0.85"],
-            "true_classes must be above 0, below 1 and not 0.85, got 0.95, 0.85",
+            "true_classes must be above 0.6, below 1 and not 0.85, got 0.95, 0.85",
         ),
         (["weight-decay", "--weight-decays", "0,1e-4"], "weight_decays must be 2 or more numbers above 0 that rise"),
         (["train-size", "--fractions", "0.5,1.5"], "fractions must be at most 1, got 0.5, 1.5"),
@@ -339,94 +330,6 @@ def test_each_network_has_its_published_recipe():
     assert preset("gpu", other_model="resnet20").other_recipe.milestones == (1 / 3, 2 / 3)
 
 
-def test_killed_and_started_again_gives_the_same_table(tmp_path):
-    """Killed in the middle of it, with a half-written line left behind; with another number of processes, too."""
-    arguments = [sys.executable, "-m", "benchmarks.paper", "pruned", *SMOKE, "--seeds", "1", "--epochs", "6"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*arguments, "--out", str(whole)], cwd=ROOT, env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(
-        [*arguments, "--out", str(killed)],
-        cwd=ROOT,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    runs = killed / "runs.jsonl"
-    deadline = time.monotonic() + 120
-    while not (runs.exists() and runs.read_bytes().count(b"\n")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    while living(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not living(process.pid)  # its worker processes end with it
-    done = runs.read_bytes().count(b"\n")
-    assert 0 < done < 4
-    with runs.open("a") as file:
-        file.write('{"key": "half')
-    again = [
-        word if previous != "--workers" else "1" for previous, word in zip(["", *arguments], arguments, strict=False)
-    ]
-    subprocess.run([*again, "--out", str(killed)], cwd=ROOT, env=environment, check=True, capture_output=True)
-    for name in ("table.md", "figure.png"):
-        assert (killed / "pruned" / name).read_bytes() == (whole / "pruned" / name).read_bytes()
-    assert numbers(killed) == numbers(whole)
-
-
-def living(group: int) -> list[str]:
-    """Processes of a process group that still run, where the system lists them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it may end meanwhile
-            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
-            if int(pgrp) == group and state != "Z":
-                found.append(path.parent.name)
-    return found
-
-
-def numbers(folder: Path) -> dict[str, dict[str, object]]:
-    with Store(folder) as store:
-        records = copy.deepcopy(store.records)
-    for record in records.values():
-        del record["seconds"]
-    return records
-
-
-def test_teachers_come_first_and_lost_weights_are_made_again(tmp_path):
-    runs = list(EXPERIMENTS["sequential"].plan(preset("smoke")).values())
-    with Store(tmp_path) as store:
-        assert [run.key for run in missing(reversed(runs), store)] == [run.key for run in runs]
-        store.add({"key": runs[0].key})
-        store.add({"key": runs[1].key})
-        store.checkpoints.mkdir()
-        assert missing(runs[1:2], store) == []
-        assert [run.key for run in missing(runs, store)] == [run.key for run in runs]  # generation 2 needs weights
-        (store.checkpoints / f"{runs[1].key}.pt").touch()
-        assert [run.key for run in missing(runs, store)] == [runs[2].key]
-
-
-def test_a_failed_run_takes_its_students_with_it_and_no_other(tmp_path):
-    setting = replace(preset("smoke"), recipe=Recipe(epochs=1, batch_size=128))
-    weak = setting.run(methods.self_distillation(), setting.teacher())  # one epoch teaches too little to be matched
-    student = setting.run(methods.self_distillation(alpha=0.0, temperature=1.0), weak)
-    good = [
-        setting.run(methods.label_smoothing()),
-        setting.run(methods.self_distillation(temperature=2.0), weak.teacher),
-    ]
-    with Store(tmp_path) as store:
-        failures = do([weak, student, *good], store, 2)
-    assert len(failures) == 2
-    assert (
-        "self-distillation {'temperature': {'true_class': 0.85}, 'alpha': 0.6} on digits with resnet8, seed 0"
-        in failures[0]
-    )
-    assert "ValueError: a teacher has learnt too little to be matched" in failures[0]
-    assert failures[1].endswith("its teacher failed")
-    assert set(store.records) == {run.key for run in (*good, weak.teacher)}
-
-
 def test_experiments_that_are_whole_get_their_tables(tmp_path, capsys):
     arguments = ["beta-ablation", "comparison", *SMOKE, "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]
     with pytest.raises(
@@ -435,16 +338,3 @@ def test_experiments_that_are_whole_get_their_tables(tmp_path, capsys):
         command.main(arguments)
     assert (tmp_path / "beta-ablation" / "table.md").exists()
     assert not (tmp_path / "comparison").exists()
-
-
-def test_two_commands_do_not_write_to_one_folder(tmp_path):
-    with Store(tmp_path), pytest.raises(ValueError, match=r"another command is writing to .*another --out"):
-        Store(tmp_path)
-    with Store(tmp_path) as store:
-        assert store.records == {}
-
-
-def test_a_broken_store_is_not_guessed_at(tmp_path):
-    (tmp_path / "runs.jsonl").write_text('{"key": "a"}\nnonsense\n{"key": "b"}\n')
-    with pytest.raises(ValueError, match=r"runs\.jsonl, line 2, is no record of a run"):
-        Store(tmp_path)

@@ -47,20 +47,18 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    execute(CE, folder, save=True)
-    return folder
+def weights():
+    return execute(CE, save=True)[1]
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_runs_repeat_bit_for_bit(name, checkpoints):
+def test_runs_repeat_bit_for_bit(name, weights):
     run = dataclasses.replace(CE, method=EVERY[name], teacher=CE if name in STUDENTS else None)
-    first, second = (numbers(execute(run, checkpoints, save=False)) for _ in range(2))
+    first, second = (numbers(execute(run, weights)[0]) for _ in range(2))
     assert first == second
     assert first["key"] == run.key
     assert len(first["epochs"]) == 2
-    other = numbers(execute(dataclasses.replace(run, seed=1), checkpoints, save=False))
+    other = numbers(execute(dataclasses.replace(run, seed=1), weights)[0])
     assert other["test"] != first["test"]
 
 
