@@ -48,7 +48,8 @@ def describe(options: argparse.Namespace) -> str:
         "two of the base. Limit: the time in which this machine copies the least bytes, the logits (and a teacher's) "
         "read once and the gradient written once. Memory: the most that is allocated at any time beyond the logits, "
         "their gradient included. First call: how much longer than the median, compiling included. BetaSmoothingLoss "
-        "ranks given confidences and draws anew in each call; LabelSmoothingMAPLoss has the soft labels of the base."
+        "ranks given confidences and draws anew in each call, or with ranking='batch' ranks by the logits; "
+        "LabelSmoothingMAPLoss has the soft labels of the base."
     )
 
 
@@ -111,12 +112,16 @@ def smoothing_losses(target: Tensor, classes: int, dtype: torch.dtype, device: t
             return liger_cross_entropy(own, target, label_smoothing=0.1)
 
         losses["Liger-Kernel's cross-entropy, smoothed"] = liger
+    by_itself = softlabels.BetaSmoothingLoss(ranking="batch")
     for backend in BACKENDS:
         losses[f"softlabels.LabelSmoothingMAPLoss, {backend}"] = _on(
             backend, lambda x: functional.label_smoothing_map_loss(x, target, beta=tuning.smoothing_to_beta(0.1))
         )
         losses[f"softlabels.BetaSmoothingLoss, {backend}"] = _on(
             backend, lambda x: functional.beta_smoothing_loss(x, target, confidence)
+        )
+        losses[f"softlabels.BetaSmoothingLoss(ranking='batch'), {backend}"] = _on(
+            backend, lambda x: by_itself(x, target)
         )
     return losses
 
