@@ -113,7 +113,7 @@ def pooled_curves(results: Results) -> dict[str, ReliabilityCurve]:
         total = count.sum(0)
         means = [(values.nan_to_num() * count).sum(0) / total for values in (confidence, accuracy)]
         edges = torch.tensor(of_seeds[0]["edges"], dtype=torch.float64)
-        curves[label] = ReliabilityCurve(*means, total.long(), edges)
+        curves[label] = ReliabilityCurve(*means, total.long(), edges, total)
     return curves
 
 

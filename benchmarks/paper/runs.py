@@ -126,6 +126,7 @@ def execute(
     logits = {name: predict(model, getattr(data, name), data.normalise, run.recipe) for name in ("train", "validation")}
     test = predict(model, data.test, data.normalise, run.recipe)
     curve = vars(reliability_curve(test, data.test.labels))
+    del curve["weight"]  # every prediction counts once
     metrics = {
         **{name: evaluate(values, getattr(data, name).labels) for name, values in logits.items()},
         "test": evaluate(test, data.test.labels),
