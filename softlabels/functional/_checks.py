@@ -13,8 +13,6 @@ import numbers
 import torch
 from torch import Tensor
 
-from softlabels.kernels import peek as peek
-
 REDUCTIONS = ("none", "mean", "sum")
 
 

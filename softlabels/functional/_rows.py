@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ class Rows(NamedTuple):
         """
         if self.class_weight is not None or self.target.is_floating_point():
             total = None
-        label = kernels.SoftLabel([term for term in terms if not term.is_absent], self.weight(), total)
+        label = kernels.SoftLabel(_present(terms), self.weight(), total)
         return self.finish(kernels.cross_entropy(label, self.logits, reduce=self.reduction != "none", known=known))
 
     def finish(self, loss: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class Rows(NamedTuple):
 
     def soft_label(self, *terms: kernels.Term) -> Tensor:
         """The sum of the terms, in the shape of the caller's logits."""
-        soft = kernels.SoftLabel([term for term in terms if not term.is_absent], 1.0)
+        soft = kernels.SoftLabel(_present(terms), 1.0)
         dense = soft.dense(torch.zeros_like(self.logits, dtype=self.dtype))
         return dense.squeeze(0) if self.single else dense
 
@@ -126,6 +127,11 @@ class Rows(NamedTuple):
         counts = weight if of_label is None else weight * of_label
         divisor = (counts if self.kept is None else torch.where(self.kept, counts, 0.0)).sum()
         return torch.where(divisor == 0, 0.0, weight / torch.where(divisor == 0, 1.0, divisor))
+
+
+def _present(terms: Sequence[kernels.Term]) -> list[kernels.Term]:
+    """The terms that add something."""
+    return [term for term in terms if not term.is_absent]
 
 
 def prepare(
@@ -198,18 +204,23 @@ def _labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor
 
 def check_labels(target: Tensor, num_classes: int, alternative: str = "") -> None:
     """Raise an IndexError for labels outside [0, num_classes), where reading them costs nothing."""
+    if not kernels.can_check(target):
+        return
     valid = (target >= 0) & (target < num_classes)
+    all_valid = valid.all()
     wanted = f"target must hold class indices in [0, {num_classes}){alternative}"
-    if kernels.peek(valid.all()) is False:
+    if kernels.peek(all_valid) is False:
         raise IndexError(f"{wanted}, got {target[~valid][0].item()}")
-    kernels.check_when_run(valid.all(), wanted)
+    kernels.check_when_run(all_valid, wanted)
 
 
 def check_counts(counts: Tensor) -> None:
     """Raise a ValueError for label counts below 0, where reading them costs nothing."""
+    if not kernels.can_read(counts):
+        return
     valid = counts >= 0
     wanted = "target must hold label counts of at least 0 (sample_weight=0 leaves a row out)"
-    if kernels.peek(valid.all()) is False:
+    if not bool(valid.all()):
         negative = counts[~valid & ~counts.isnan()]
         if negative.numel():
             raise ValueError(f"{wanted}, got {negative[0].item():g}")

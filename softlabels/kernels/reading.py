@@ -62,6 +62,11 @@ def least_and_greatest(values: Tensor) -> tuple[int, int] | None:
     return int(least.item()), int(greatest.item())
 
 
+def can_check(values: Tensor) -> bool:
+    """Whether a condition on values can be checked without waiting: now, or each time that a compiled program runs."""
+    return torch.compiler.is_compiling() or can_read(values)
+
+
 def check_when_run(condition: Tensor, message: str) -> None:
     """Make a compiled program check a one-element condition each time that it runs."""
     if torch.compiler.is_compiling():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from softlabels import kernels
 from softlabels.functional import _checks
 from softlabels.functional._rows import check_labels
 
@@ -49,7 +50,7 @@ def checked(
     if sample_weight is not None:
         weight = torch.where(ignored, 0.0, weight * sample_weight.detach().to(weight.device))
         bad = ~((weight >= 0.0) & (weight < torch.inf))
-        if _checks.peek(bad.any()):
+        if kernels.peek(bad.any()):
             raise ValueError(f"sample_weight must be finite and not negative, got {weight[bad][0].item():g}")
         weight = weight.masked_fill(bad, torch.nan)
     return input if from_logits else _probabilities(input, weight), target, weight
@@ -91,7 +92,7 @@ def _probabilities(input: Tensor, weight: Tensor) -> Tensor:
     total, smallest = input.sum(dim, dtype=torch.float64), input.amin(dim)
     tolerance = max(1e-3, 2 * finfo.eps + 2 * finfo.smallest_normal * finfo.eps * input.shape[dim])
     bad = ((smallest < 0) | ~((total - 1).abs() < tolerance)) & (weight != 0)
-    seen = _checks.peek(bad.any())
+    seen = kernels.peek(bad.any())
     if seen:
         raise ValueError(
             "with from_logits=False, input must hold class probabilities that sum to 1, got a row whose smallest value "
