@@ -205,7 +205,7 @@ def differential_entropy(values: Sequence[Decimal], k: int, weights: Sequence[fl
             for (a, b), m in zip(itertools.pairwise(gaps), repeats[1:-1], strict=True)
             if m > 1
         ]
-        even = bool(beside_repeats) and sum(beside_repeats) / len(beside_repeats) > 2 / 3
+        even = len(beside_repeats) >= 10 and sum(beside_repeats) / len(beside_repeats) > 2 / 3
         few = len(distinct) < 50 and len(values) >= 2 * len(distinct)
         mass = [even or few or m > 16 for m in repeats]
         if mass.count(False) <= k:
