@@ -33,7 +33,7 @@ class Spread(Term):
 
     def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
         """The amount times the rows over their sum."""
-        shares = self._among_others(self.gathered().to(like.dtype), possible)
+        shares = self._among_others(self.gathered().to(like.dtype, copy=self.index is None), possible)
         total = shares.sum(1, keepdim=True)
         lost = total == 0
         if peek(lost.any()) is not False:
@@ -43,7 +43,7 @@ class Spread(Term):
                 even = torch.where(even.sum(1, keepdim=True) == 0, label_alone, even)
             shares = torch.where(lost, even, shares)
             total = torch.where(lost, even.sum(1, keepdim=True), total)
-        return shares * (column(self.amount) / total)
+        return shares.mul_(column(self.amount) / total)
 
     def gathered(self) -> Tensor:
         """The rows, shaped like the logits."""
@@ -62,5 +62,5 @@ class Spread(Term):
 
     def _among_others(self, shares: Tensor, possible: Tensor | None) -> Tensor:
         if self.label is not None:
-            shares = shares.scatter(1, self.label.unsqueeze(1), 0.0)
-        return shares if possible is None else shares.masked_fill(~possible, 0.0)
+            shares.scatter_(1, self.label.unsqueeze(1), 0.0)
+        return shares if possible is None else shares.masked_fill_(~possible, 0.0)

@@ -7,13 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softlabels import kernels
 from softlabels.functional._rows import Rows
 
 
 class Evidence(NamedTuple):
     """Rows of a batch, without their graph."""
 
-    log_p: Tensor  # (M, K) log-probabilities, float32 or float64
+    logits: Tensor  # (M, K) of whoever predicts, float32 or float64
+    predictions: Tensor  # (M, K) their softmax, 0 in rows that do not count
     target: Tensor  # (M,) class indices, or (M, K) probabilities
     counted: Tensor  # (M,) False for rows that are ignored, of weight 0, or nan
 
@@ -21,23 +23,24 @@ class Evidence(NamedTuple):
     def of(cls, rows: Rows, logits: Tensor) -> Evidence:
         """Of a batch, with the logits (N, K, d1, ...) of whoever predicts."""
         num_classes = rows.num_classes
-        log_p = torch.log_softmax(logits.detach().movedim(1, -1).reshape(-1, num_classes), 1, dtype=rows.dtype)
+        logits = logits.detach().movedim(1, -1).reshape(-1, num_classes).to(rows.dtype)
+        predictions = logits.softmax(1)
         target = rows.target.detach()
         target = target.movedim(1, -1).reshape(-1, num_classes) if target.is_floating_point() else target.flatten()
-        counted = ~log_p.isnan().any(1)
-        return cls(log_p, target, counted if rows.counted is None else counted & rows.counted.flatten())
+        counted = ~predictions[:, 0].isnan()  # one nan among the logits makes all of them nan
+        if rows.counted is not None:
+            counted &= rows.counted.flatten()
+        if kernels.peek(counted.all()) is not True:
+            predictions = predictions.masked_fill_(~counted.unsqueeze(1), 0.0)
+        return cls(logits, predictions, target, counted)
 
     def of_all_processes(self) -> Evidence:
         """The rows of all processes of the default group; fewer rows are filled up with some that do not count."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self
-        most = torch.tensor(len(self.counted), device=self.log_p.device)
+        most = torch.tensor(len(self.counted), device=self.logits.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return Evidence(*(_gathered(tensor, int(most)) for tensor in self))
-
-    def predictions(self) -> Tensor:
-        """Probabilities (M, K); 0 in rows that do not count."""
-        return self.log_p.exp().masked_fill(~self.counted.unsqueeze(1), 0.0)
 
 
 def _gathered(tensor: Tensor, length: int) -> Tensor:

@@ -108,7 +108,7 @@ class LearnedSpread(nn.Module):
 
     def _record_classes(self, rows: Evidence) -> None:
         """Move profiles towards the mean prediction of each class in the batch."""
-        p, counted = rows.predictions().float(), rows.counted.float()
+        p, counted = rows.predictions.float(), rows.counted.float()
         if rows.target.is_floating_point():
             labels = rows.target.float() * counted.unsqueeze(1)
             n, means = labels.sum(0), None
@@ -132,7 +132,7 @@ class LearnedSpread(nn.Module):
         self.visits.index_add_(0, index, rows.counted.int())
         after = self.visits[index].clamp(min=1)
         self.past[index] = (self.past[index] * (before / after).unsqueeze(1)).half()
-        self.past.index_add_(0, index, (rows.predictions() / after.unsqueeze(1)).half())
+        self.past.index_add_(0, index, (rows.predictions / after.unsqueeze(1)).half())
 
     def _make_tables(self, rows: Rows) -> None:
         """Once the number of classes is known; it cannot change after."""

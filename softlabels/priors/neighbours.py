@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softlabels.functional.dirichlet_map import MIN_LOG_PROBABILITY
 from softlabels.priors.evidence import Evidence
 
 TEMPERATURE = 0.1  # divides the cosines
@@ -16,7 +15,7 @@ MOST_ROWS = 2**15  # a quarter of a minute of products at 1,000 classes on two c
 def neighbour_spread(batch: Evidence, among: Evidence, first: int = 0) -> Tensor:
     r"""How the labels of alike rows are spread, (M, K).
 
-    With $z$ the log-probabilities less their mean over the classes that have a probability,
+    With $z$ the logits less their mean over the classes that have a probability,
 
     $$o_i = \sum_{j \ne i} w_{ij}\, \mathrm{onehot}(y_j), \qquad
       w_{i\cdot} = \mathrm{softmax}_{j \ne i}\big(\cos(z_i, z_j) / 0.1\big).$$
@@ -32,14 +31,15 @@ def neighbour_spread(batch: Evidence, among: Evidence, first: int = 0) -> Tensor
     Raises:
         ValueError: there are more than 32,768 rows, as of dense predictions.
     """
-    rows, others = batch.log_p.shape[0], among.log_p.shape[0]
+    rows, others = len(batch.counted), len(among.counted)
     if others > MOST_ROWS:
         raise ValueError(
             f"spread='neighbours' compares all rows with each other, at most {MOST_ROWS:,}, got {others:,}; use "
             "spread='classes' for pixels or tokens, or call the loss on a part of them"
         )
-    own, theirs = _directions(batch.log_p), _directions(among.log_p)
-    spread, places = torch.empty_like(batch.log_p), torch.arange(others, device=own.device)
+    own = _directions(batch)
+    theirs = own if among is batch else _directions(among)
+    spread, places = torch.empty_like(batch.logits), torch.arange(others, device=own.device)
     height = max(BLOCK // max(others, 1), 1)
     with torch.autocast(own.device.type, enabled=False):
         for start in range(0, rows, height):
@@ -55,8 +55,9 @@ def neighbour_spread(batch: Evidence, among: Evidence, first: int = 0) -> Tensor
     return spread
 
 
-def _directions(log_p: Tensor) -> Tensor:
+def _directions(rows: Evidence) -> Tensor:
     """Unit vectors of the centred logits; classes without a probability take no part."""
-    possible = log_p > MIN_LOG_PROBABILITY
-    mean = torch.where(possible, log_p, 0.0).sum(1, keepdim=True) / possible.sum(1, keepdim=True).clamp(min=1)
-    return torch.nn.functional.normalize(torch.where(possible, log_p - mean, 0.0), dim=1)
+    impossible = rows.predictions < torch.finfo(torch.float32).tiny
+    logits = rows.logits.masked_fill(impossible, 0.0)
+    mean = logits.sum(1, keepdim=True) / (~impossible).sum(1, keepdim=True).clamp(min=1)
+    return torch.nn.functional.normalize(logits.sub_(mean).masked_fill_(impossible, 0.0), dim=1)
