@@ -12,7 +12,7 @@ from softlabels.functional import _checks
 from softlabels.functional._rows import Rows
 from softlabels.functional.beta_smoothing import beta_smoothing, mean_smoothing
 from softlabels.losses.attachable import AttachableLoss
-from softlabels.losses.base import runs_twice
+from softlabels.losses.base import called_as, runs_twice
 from softlabels.ranking import PredictionHistory, log_odds
 from softlabels.ranking.scores import RANK_BY
 from softlabels.teachers import EMATeacher
@@ -159,14 +159,15 @@ class BetaSmoothingLoss(AttachableLoss):
         confidence: Tensor | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss; see the class for the arguments."""
+        """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         rows = self.rows(input, target, sample_weight)
         concentration = self.concentration_for(rows.num_classes)
         if concentration == float("inf"):
             return rows.loss(rows.label(1.0), total=1.0)
         if not self.in_training:
             return mean_smoothing(rows, self.alpha, concentration)
-        if runs_twice() and (self.generator is not None or (confidence is None and self.ranking == "history")):
+        moves = self.generator is not None or (confidence is None and self.ranking == "history")
+        if moves and runs_twice():
             raise RuntimeError(
                 "BetaSmoothingLoss is called inside torch.utils.checkpoint, which calls it again in the backward pass: "
                 "a generator would draw anew then, and a history would move twice; call the loss outside of the "
@@ -186,6 +187,8 @@ class BetaSmoothingLoss(AttachableLoss):
         return beta_smoothing(
             rows, confidence, self.alpha, concentration, self.generator, joint=self.global_ranking, known=known
         )
+
+    __call__ = called_as(forward)
 
     def concentration_for(self, num_classes: int) -> float:
         """The parameter $a$ of Beta(a, 1) for this number of classes; infinity where nothing is smoothed.
