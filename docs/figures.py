@@ -63,7 +63,7 @@ def digits_batch() -> tuple[torch.Tensor, torch.Tensor]:
         return model(x[:64]), y[:64]
 
 
-def three_soft_labels() -> Figure:
+def three_soft_labels() -> list[Figure]:
     """Label smoothing, Beta smoothing and a teacher, as strong as each other, on the same 64 digits."""
     logits, labels = digits_batch()
     share = true_class_for(0.15, 10)
@@ -78,15 +78,11 @@ def three_soft_labels() -> Figure:
     )
     temperature = match_temperature(logits, labels, alpha=0.6, true_class=share)
     taught = distillation_targets(labels, logits, alpha=0.6, temperature=temperature)
-    figure = Figure(figsize=(11, 3), layout="constrained")
-    names = ("label smoothing", "Beta smoothing", "a teacher's")
-    for axes, name, targets in zip(figure.subplots(1, 3, sharey=True), names, (smooth, drawn, taught), strict=True):
-        soft_labels(targets, labels, ax=axes, title=name)
-        if name != names[-1]:
-            axes.get_legend().remove()
-        if name != names[0]:
-            axes.set_ylabel("")
-    return figure
+    figures = []
+    for name, targets in {"label smoothing": smooth, "Beta smoothing": drawn, "a teacher's": taught}.items():
+        figures.append(Figure(figsize=(3.7, 3), layout="constrained"))
+        soft_labels(targets, labels, ax=figures[-1].subplots(), title=name)
+    return figures
 
 
 def bars(rows: dict[str, torch.Tensor], ylabel: str) -> Figure:

@@ -8,11 +8,14 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pages
 import pytest
+import tomllib
+import typed_script
 import yaml
 
 import softlabels
@@ -68,24 +71,27 @@ def test_public_names_are_documented(module, name):
     check_parameters(thing, name)
 
 
-def methods_on_the_api_page():
-    page = (ROOT / "docs" / "api.md").read_text()
+def api_methods():
+    page = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     for name, members in re.findall(
         r"^::: (softlabels[\w.]+)\n    options: {members: \[([\w, ]+)\]", page, re.MULTILINE
     ):
         module, _, last = name.rpartition(".")
         thing = getattr(importlib.import_module(module), last)
-        yield from ((getattr(thing, member), f"{name}.{member}") for member in members.split(", "))
+        found = set(members.split(", ")) - {"teacher"}  # an attribute of attached losses
+        yield from ((getattr(thing, member), f"{name}.{member}") for member in sorted(found))
 
 
-@pytest.mark.parametrize(("thing", "name"), [*methods_on_the_api_page()], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("thing", "name"), [*api_methods()], ids=lambda v: v if isinstance(v, str) else "")
 def test_public_methods_are_documented(thing, name):
-    if not isinstance(thing, property):
+    if name.endswith(".forward"):  # what a loss is called with is described in its class
+        check_parameters(thing, name, inspect.getdoc(getattr(softlabels, name.split(".")[1])))
+    elif not isinstance(thing, property):
         check_parameters(thing, name)
 
 
-def check_parameters(thing, name):
-    doc = inspect.getdoc(thing)
+def check_parameters(thing, name, doc=None):
+    doc = doc or inspect.getdoc(thing)
     assert doc, name
     for parameter in inspect.signature(thing).parameters:
         assert parameter == "self" or f"{parameter}:" in doc, f"{name} does not document {parameter}"
@@ -107,6 +113,19 @@ def test_signatures_are_the_documented_ones():
     )
 
 
+@pytest.mark.parametrize("name", [name for name in softlabels.__all__ if name.endswith("Loss")])
+def test_a_call_shows_the_arguments_of_the_loss(name):
+    """In a notebook; for editors and type checkers there is tests/typed_script.py."""
+    loss = getattr(softlabels, name)(**({"beta": 0.1} if name == "LabelSmoothingMAPLoss" else {}))
+    shown = inspect.signature(loss)
+    assert list(shown.parameters)[:3] == ["input", "target", "sample_weight"]
+    assert shown == inspect.signature(loss.forward)
+
+
+def test_a_typed_script_runs():
+    assert typed_script.distil(typed_script.train()) > 0
+
+
 def test_layers_import_downwards_only():
     order = ["kernels", "functional", "ranking", "metrics", "tuning", "teachers", "losses"]
     for i, layer in enumerate(order):
@@ -122,24 +141,32 @@ def test_layers_import_downwards_only():
 def test_version_is_in_one_place():
     metadata = importlib.import_module("importlib.metadata")
     assert metadata.version("softlabels") == softlabels.__version__
-    assert f"version: {softlabels.__version__}" in (ROOT / "CITATION.cff").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == softlabels.__version__
+    assert citation["url"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
     assert f"[{softlabels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
-
-
-def test_readme_renders_as_on_an_index_of_packages():
-    readme_renderer = pytest.importorskip("readme_renderer.markdown", reason="readme-renderer[md] is in the extra dev")
-    page = readme_renderer.render((ROOT / "README.md").read_text())
-    assert page is not None
-    for element in ("<h1", "<table>", "<pre", '<a href="https://arxiv.org/abs/2006.05065"'):
-        assert element in page
-    assert "|---" not in page  # a table that was not understood
 
 
 def test_github_runs_the_same_ci():
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
-    (job,) = workflow["jobs"].values()
-    assert job["steps"][-1]["run"] == ".ci/run"
-    assert job["timeout-minutes"] <= 90
+    everything, versions = workflow["jobs"]["everything"], workflow["jobs"]["versions"]
+    assert everything["steps"][-1]["run"] == ".ci/run"
+    tested = {everything["steps"][1]["with"]["python-version"]}
+    tested |= {version["python"] for version in versions["strategy"]["matrix"]["include"]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    claimed = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert sorted(tested) == claimed
+    assert project["requires-python"] == f">={claimed[0]}"
+
+
+def test_the_oldest_versions_are_those_that_are_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["metrics"], *extras["plot"]]
+    lines = (ROOT / ".github" / "oldest.txt").read_text().splitlines()
+    pinned = [line.replace("==", ">=") for line in lines if not line.startswith("#")]
+    for need in wanted:
+        assert any(pin == need or pin.startswith(f"{need}.") for pin in pinned), need
 
 
 def test_citation_is_of_the_paper():
@@ -148,11 +175,28 @@ def test_citation_is_of_the_paper():
     assert citation["preferred-citation"]["title"] == "Self-Distillation as Instance-Specific Label Smoothing"
 
 
-def test_wheel_holds_the_package_and_nothing_else_and_runs_the_readme(tmp_path):
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with the wheel and the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--wheel",
+        "--sdist",
+        "--outdir",
+        str(folder),
+        str(ROOT),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_wheel_holds_the_package_and_nothing_else_and_runs_the_readme(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"softlabels", f"softlabels-{softlabels.__version__}.dist-info"}
@@ -171,3 +215,26 @@ def test_wheel_holds_the_package_and_nothing_else_and_runs_the_readme(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path / "site"))
+
+
+def test_sdist_holds_what_the_wheel_is_made_of(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "softlabels").rglob("*.py")}
+    assert sources | {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml"} <= names
+    assert not any(name.startswith("tests") for name in names)  # they need pages and results that are not in it
+
+
+def test_readme_renders_as_on_an_index_of_packages(built):
+    readme_renderer = pytest.importorskip("readme_renderer.markdown", reason="readme-renderer[md] is in the extra dev")
+    (wheel,) = built.glob("*.whl")
+    metadata = zipfile.ZipFile(wheel).read(f"softlabels-{softlabels.__version__}.dist-info/METADATA").decode()
+    page = readme_renderer.render(metadata.split("\n\n", 1)[1])
+    assert page is not None
+    for element in ("<h1", "<table>", "<pre", '<a href="https://arxiv.org/abs/2006.05065"'):
+        assert element in page
+    assert "|---" not in page  # a table that was not understood
+    assert not re.search(r"\$[^$<]+\$", page)  # a formula that nobody draws
+    for address in re.findall(r'(?:href|src)="([^"]+)"', page):
+        assert address.startswith(("https://", "#")), address

@@ -13,7 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "recipes"
-FRAMEWORKS = {"huggingface_trainer": "transformers", "lightning_module": "lightning", "accelerate_loop": "accelerate"}
+FRAMEWORKS = {
+    "huggingface_trainer": "transformers",
+    "lightning_module": "lightning",
+    "accelerate_loop": "accelerate",
+    "skorch_classifier": "skorch",
+}
 LEAST_ACCURACY = {  # chance is 0.1, in huggingface_trainer 0.25; in segmentation, all background is 0.67
     "accelerate_loop": 0.85,
     "born_again": 0.85,
@@ -26,6 +31,7 @@ LEAST_ACCURACY = {  # chance is 0.1, in huggingface_trainer 0.25; in segmentatio
     "mixup": 0.9,
     "plain_pytorch": 0.85,
     "segmentation": 0.8,
+    "skorch_classifier": 0.85,
 }
 RESUMED = {  # epochs before and after; where the state of the random numbers is saved, the result is the same
     "huggingface_trainer": (1, 2, "--out=runs/uninterrupted"),

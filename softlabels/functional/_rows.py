@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from softlabels.kernels import Amount
 NO_LABEL = -(2**63)  # ignore_index where no row can be ignored
 
 
-class Rows(NamedTuple):
+@dataclass
+class Rows:
     """Checked arguments of one call, classes in dimension 1."""
 
     logits: Tensor  # (N, K, d1, ...) in the caller's dtype
@@ -194,7 +195,7 @@ def prepare(
     rows = Rows(input, target, kept, weight, None, reduction, single)
     if sample_weight is None:
         return rows
-    return rows._replace(sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
+    return replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
 
 
 def _labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:

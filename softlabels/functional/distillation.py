@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def self_distillation(
     keep = kept_classes(prune, rows.num_classes)
     if not scale_student or alpha == 1:
         return rows.loss(*_mixture(rows, teacher, alpha, temperature, keep), total=1.0)
-    scaled = rows._replace(logits=rows.logits.to(rows.dtype) / temperature)
+    scaled = replace(rows, logits=rows.logits.to(rows.dtype) / temperature)
     soft = (1 - alpha) * temperature**2
     return rows.loss(rows.label(alpha)) + scaled.loss(scaled.prediction(soft, teacher, temperature, keep))
 

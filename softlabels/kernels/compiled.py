@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softlabels.kernels import eager
+from softlabels.kernels import eager, reading
 from softlabels.kernels.soft_label import Prediction, SoftLabel, product, working_dtype
 from softlabels.kernels.statistics import Statistics
 from softlabels.kernels.statistics import statistics as traceable_statistics
@@ -30,6 +30,7 @@ from softlabels.kernels.statistics import statistics as traceable_statistics
 Graph = Callable[..., Any]
 
 LOG2_E = 1.0 / math.log(2.0)
+OLDEST_TORCH = (2, 11)  # the first whose torch.compile was tested with these graphs
 
 _graphs: dict[tuple[object, ...], Graph] = {}
 
@@ -173,6 +174,11 @@ def _options(part: Any) -> list[tuple[str, Any]]:
 
 def _compile(body: Graph, kinds: Sequence[tuple[Any, dict[str, Any]]], names: tuple[tuple[int, str], ...]) -> Graph:
     """A compiled function of its own, with its own code object: torch.compile counts versions by code object."""
+    if reading.TORCH < OLDEST_TORCH:
+        raise CompilationFailed(
+            f"the compiled kernels of softlabels need torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, and this is "
+            f"{torch.__version__}; softlabels.set_backend('eager') does without"
+        )
 
     def graph(logits: Tensor, *inputs: Tensor) -> Any:
         arguments = [dict(constants) for _, constants in kinds]

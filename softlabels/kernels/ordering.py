@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabels.kernels.reading import can_read
+from softlabels.kernels.reading import break_graph, can_read
 
 
 def uniforms(shape: torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -23,7 +23,7 @@ def uniforms(shape: torch.Size, device: torch.device, generator: torch.Generator
     if generator is None:  # torch.compile cannot trace the keyword with a varying number of rows, even where it is None
         return torch.rand(shape, dtype=dtype, device=device)
     if torch.compiler.is_compiling():
-        torch._dynamo.graph_break(
+        break_graph(
             "softlabels: a generator cannot be traced; leave generator=None, or allow graph breaks (fullgraph=False)"
         )
     return torch.rand(shape, dtype=dtype, device=device, generator=generator)

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+
 _PLAIN = (Tensor, Parameter)
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
@@ -71,3 +73,11 @@ def check_when_run(condition: Tensor, message: str) -> None:
     """Make a compiled program check a one-element condition each time that it runs."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
+
+
+def break_graph(reason: str) -> None:
+    """End the graph that is being traced, or raise for this reason if it must not end."""
+    if TORCH < (2, 7):
+        torch._dynamo.graph_break()
+    else:
+        torch._dynamo.graph_break(reason)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from softlabels.functional import _checks
 from softlabels.functional._rows import Rows, prepare
+
+CHECKPOINT = inspect.unwrap(checkpoint)  # without what keeps compilers out
+Forward = TypeVar("Forward", bound=Callable[..., Tensor])
+
+
+def called_as(forward: Forward) -> Forward:
+    """A ``__call__`` that does what nn.Module's does, and shows the arguments of ``forward`` to editors and help()."""
+
+    @functools.wraps(forward)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    return cast(Forward, __call__)
 
 
 class SoftLabelLoss(nn.Module):
@@ -47,7 +62,7 @@ class SoftLabelLoss(nn.Module):
             RuntimeError: grad is disabled because a reentrant activation checkpoint runs the forward pass: the value
                 would be that of evaluation, and the recomputation would train something else.
         """
-        if self.training and not torch.is_grad_enabled() and _is_checkpointed():
+        if self.training and not torch.is_grad_enabled() and _is_called_by(CheckpointFunction.forward):
             raise RuntimeError(
                 f"{type(self).__name__} is called inside torch.utils.checkpoint with use_reentrant=True, where it "
                 "cannot tell training from evaluation; call the loss outside of the checkpointed function, or use "
@@ -75,17 +90,14 @@ _COMMON: dict[str, Callable[[str, Any], Any]] = {
 
 
 def runs_twice() -> bool:
-    """Whether an activation checkpoint records what runs now, to run it again in the backward pass."""
-    if torch.compiler.is_compiling():
-        return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+    """Whether an activation checkpoint runs this, to run it again in the backward pass."""
+    return _is_called_by(CHECKPOINT)
 
 
-def _is_checkpointed() -> bool:
+def _is_called_by(function: Callable[..., Any]) -> bool:
     frame = None if torch.compiler.is_compiling() else sys._getframe(1)
     while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
+        if frame.f_code is function.__code__:
             return True
         frame = frame.f_back
     return False

@@ -12,7 +12,7 @@ from softlabels.functional import _checks
 from softlabels.functional._rows import Rows
 from softlabels.functional.beta_smoothing import Spreads, beta_smoothing, mean_smoothing
 from softlabels.losses.attachable import AttachableLoss
-from softlabels.losses.base import runs_twice
+from softlabels.losses.base import called_as, runs_twice
 from softlabels.priors import SPREADS, LearnedSpread
 from softlabels.priors.evidence import Evidence
 from softlabels.ranking import PredictionHistory, log_odds
@@ -188,14 +188,16 @@ class BetaSmoothingLoss(AttachableLoss):
         confidence: Tensor | None = None,
         index: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss; see the class for the arguments."""
+        """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         rows = self.rows(input, target, sample_weight)
         concentration = self.concentration_for(rows.num_classes)
         if concentration == float("inf"):
             return rows.loss(rows.label(1.0), total=1.0)
         if not self.in_training:
             return mean_smoothing(rows, self.alpha, concentration)
-        if runs_twice() and (self.generator is not None or self._remembers(confidence)):
+        ranks_by_history = confidence is None and self.ranking == "history"
+        remembers = ranks_by_history or self.spread not in ("uniform", "neighbours")
+        if (remembers or self.generator is not None) and runs_twice():
             raise RuntimeError(
                 "BetaSmoothingLoss is called inside torch.utils.checkpoint, which calls it again in the backward pass: "
                 "a generator would draw anew then, and what it remembers of samples and classes would be recorded "
@@ -203,7 +205,7 @@ class BetaSmoothingLoss(AttachableLoss):
             )
         if index is not None:
             index = self._sample_ids(rows, index)
-        elif self.num_samples is not None and self._remembers(confidence):
+        elif ranks_by_history or "samples" in self.spread:
             raise RuntimeError(
                 "BetaSmoothingLoss with ranking='history' or spread='samples' needs the ids of the samples in the "
                 "batch: pass index= to the call"
@@ -220,7 +222,7 @@ class BetaSmoothingLoss(AttachableLoss):
             known = rows.statistics()
             rank_by = "true_class" if self.ranking == "history" else self.rank_by
             confidence = log_odds(predicted, rows.target, rank_by, known)
-            if self.ranking == "history":
+            if ranks_by_history:
                 confidence = self._past(rows, index, confidence)
         spreads: Spreads = ()
         if self.spread != "uniform":
@@ -243,10 +245,6 @@ class BetaSmoothingLoss(AttachableLoss):
         if spreads:
             self.learned_spread.record(own, everyone, index)
         return loss
-
-    def _remembers(self, confidence: Tensor | None) -> bool:
-        """Whether a call in training changes what the loss knows of samples or classes."""
-        return (confidence is None and self.ranking == "history") or self.spread not in ("uniform", "neighbours")
 
     def concentration_for(self, num_classes: int) -> float:
         """The parameter $a$ of Beta(a, 1) for this number of classes; infinity where nothing is smoothed.

@@ -8,6 +8,7 @@ from softlabels.functional import _checks
 from softlabels.functional.dirichlet_map import check_sample_weighting, dirichlet_map
 from softlabels.functional.distillation import check_prune, self_distillation
 from softlabels.losses.attachable import AttachableLoss
+from softlabels.losses.base import called_as
 
 
 class _TeacherLoss(AttachableLoss):
@@ -97,12 +98,14 @@ class SelfDistillationLoss(_TeacherLoss):
         sample_weight: Tensor | None = None,
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss; see the class for the arguments."""
+        """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         teacher_logits = self._teacher_logits(input, teacher_logits)
         rows = self.rows(input, target, sample_weight)
         if teacher_logits is None:
             return rows.loss(rows.label(1.0), total=1.0)
         return self_distillation(rows, teacher_logits, self.alpha, self.temperature, self.scale_student)
+
+    __call__ = called_as(forward)
 
 
 class PrunedDistillationLoss(_TeacherLoss):
@@ -175,12 +178,14 @@ class PrunedDistillationLoss(_TeacherLoss):
         sample_weight: Tensor | None = None,
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss; see the class for the arguments."""
+        """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         teacher_logits = self._teacher_logits(input, teacher_logits)
         rows = self.rows(input, target, sample_weight)
         if teacher_logits is None:
             return rows.loss(rows.label(1.0), total=1.0)
         return self_distillation(rows, teacher_logits, self.alpha, self.temperature, prune=self.prune)
+
+    __call__ = called_as(forward)
 
 
 class InstanceDirichletMAPLoss(_TeacherLoss):
@@ -265,9 +270,11 @@ class InstanceDirichletMAPLoss(_TeacherLoss):
         sample_weight: Tensor | None = None,
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss; see the class for the arguments."""
+        """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         teacher_logits = self._teacher_logits(input, teacher_logits)
         rows = self.rows(input, target, sample_weight, counts=True)
         if teacher_logits is None:
             return rows.loss(rows.label(1.0), total=1.0)
         return dirichlet_map(rows, teacher_logits, self.beta, self.temperature, self.gamma, self.sample_weighting)
+
+    __call__ = called_as(forward)

@@ -7,7 +7,7 @@ from torch import Tensor
 from softlabels.functional import _checks
 from softlabels.functional.confidence_penalty import confidence_penalty
 from softlabels.functional.label_smoothing_map import label_smoothing_map
-from softlabels.losses.base import SoftLabelLoss
+from softlabels.losses.base import SoftLabelLoss, called_as
 
 
 class LabelSmoothingMAPLoss(SoftLabelLoss):
@@ -50,8 +50,10 @@ class LabelSmoothingMAPLoss(SoftLabelLoss):
         self.beta = beta
 
     def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
-        """Compute the loss; see the class for the arguments."""
+        """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         return label_smoothing_map(self.rows(input, target, sample_weight), self.beta)
+
+    __call__ = called_as(forward)
 
 
 class ConfidencePenaltyLoss(SoftLabelLoss):
@@ -101,5 +103,7 @@ class ConfidencePenaltyLoss(SoftLabelLoss):
         self.beta = beta
 
     def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
-        """Compute the loss; see the class for the arguments."""
+        """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         return confidence_penalty(self.rows(input, target, sample_weight), self.beta)
+
+    __call__ = called_as(forward)

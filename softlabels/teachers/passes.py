@@ -232,5 +232,7 @@ def _is_nested(module: nn.Module) -> bool:
 
 
 def _device_types() -> list[str]:
+    if not torch.accelerator.is_available():  # torch 2.6 raises where there is none
+        return ["cpu"]
     accelerator = torch.accelerator.current_accelerator()
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]

@@ -18,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import softlabels
 from softlabels import functional, kernels
-from softlabels.kernels import Even, Label, SoftLabel, compiled, dispatch
+from softlabels.kernels import Even, Label, SoftLabel, compiled, dispatch, reading
+
+pytestmark = pytest.mark.skipif(reading.TORCH < compiled.OLDEST_TORCH, reason="these graphs need a newer torch")
 
 FUSED = [case for case in CASES if case.name != "confidence_penalty"]  # that one is a plain formula on every backend
 DENSE = (3, 5, 2, 4)
@@ -304,3 +306,16 @@ def test_numbers_of_any_kind_are_inputs():
 
     assert compilations(lambda: loss(alpha=0.3, temperature=2.5)) <= 1
     assert compilations(lambda: [loss(alpha=np.float32(0.3), temperature=t) for t in (2, np.int64(3), 4.5)]) == 0
+
+
+def test_an_older_torch_is_named(monkeypatch):
+    logits, labels = torch.randn(4, 13), torch.tensor([0, 1, 2, 0])  # 13 classes, as no other test
+    monkeypatch.setattr(reading, "TORCH", (2, 10))
+    monkeypatch.setattr(dispatch, "_failed", set())
+    monkeypatch.setattr(dispatch, "COMPILED_DEVICES", ("cpu",))
+    with pytest.raises(RuntimeError, match=r"kernels of softlabels need torch 2\.11 or newer, and this is 2"):
+        functional.label_smoothing_map_loss(logits, labels, beta=0.5)
+    softlabels.set_backend("auto")
+    with pytest.warns(UserWarning, match="need torch 2.11.*from now on they run uncompiled"):
+        loss = functional.label_smoothing_map_loss(logits, labels, beta=0.5)
+    assert loss.isfinite()

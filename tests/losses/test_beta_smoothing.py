@@ -11,6 +11,7 @@ import torch
 from implementations import IMPLEMENTATIONS, implementation
 from scipy import stats
 from torch import nn
+from versions import whole_graph
 
 import softlabels
 from softlabels.functional import beta_smoothing_loss, beta_smoothing_targets
@@ -365,6 +366,7 @@ def test_history_checks_before_it_writes():
     assert criterion.history.doubt.isnan().tolist() == [True, True, False, True]
 
 
+@whole_graph
 def test_a_generator_breaks_the_graph_and_says_so():
     criterion = softlabels.BetaSmoothingLoss(ranking="random", generator=torch.Generator().manual_seed(0))
     logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])

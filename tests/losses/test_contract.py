@@ -13,6 +13,7 @@ from cases import CASES, calls, expected
 from hypothesis import given
 from implementations import IMPLEMENTATIONS, implementation
 from torch import nn
+from versions import whole_graph
 
 each_loss = pytest.mark.parametrize("case", CASES, ids=repr)
 
@@ -279,6 +280,7 @@ def test_autocast_computes_in_float32(case, dtype):
     torch.testing.assert_close(low, case.call(logits.to(dtype), target, **case.extras(logits)), rtol=0, atol=0)
 
 
+@whole_graph
 @each_loss
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
 def test_compile_traces_without_a_break(case, kind):
@@ -366,6 +368,7 @@ def test_uint8_labels(case):
     torch.testing.assert_close(case.call(logits, target.to(torch.uint8)), case.call(logits, target), rtol=0, atol=0)
 
 
+@whole_graph
 @pytest.mark.parametrize(
     ("case", "dynamic"),
     [(case, None) for case in CASES]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES
+from versions import OLDEST_TORCH, TORCH
 
 SHAPES = [
     (5,),  # a single row
@@ -153,6 +154,8 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.parametrize("case", [c for c in CASES if "-" not in c.name or c.name == "dirichlet_map-none"], ids=repr)
 def test_raises_what_torch_raises(case, name):
+    if name == "single, two labels" and TORCH < OLDEST_TORCH:
+        pytest.skip("an older torch raises RuntimeError here")
     logits, target, options = MALFORMED[name]
     with pytest.raises(Exception) as torchs:  # noqa: PT011 - whatever torch raises is what we want
         F.cross_entropy(logits, target, **options)

@@ -10,6 +10,7 @@ import torch
 from cases import CASES
 from implementations import IMPLEMENTATIONS, implementation
 from torch.utils.checkpoint import checkpoint
+from versions import whole_graph
 
 import softlabels
 from softlabels import functional
@@ -200,6 +201,7 @@ def test_fractions_are_numbers():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*:FutureWarning", "ignore:.*:UserWarning")
+@whole_graph
 def test_export_with_any_number_of_rows():
     logits, target, rows = torch.randn(6, 4), torch.randint(4, (6,)), torch.export.Dim("rows")
     criterion = softlabels.LabelSmoothingMAPLoss(beta=0.2)

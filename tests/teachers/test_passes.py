@@ -15,6 +15,7 @@ from loops import batches, make_model
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
+from versions import whole_graph
 
 import softlabels
 from softlabels.functional import self_distillation_loss
@@ -155,7 +156,7 @@ def test_two_passes_keep_apart_on_every_way(way, autocast):
 
 
 @pytest.mark.parametrize("attach_to", ["wrapper", "inner"])
-@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("fullgraph", [False, pytest.param(True, marks=whole_graph)])
 def test_two_passes_of_a_compiled_model_keep_apart(attach_to, fullgraph):
     torch.compiler.reset()
     model = nn.Linear(4, 3)
