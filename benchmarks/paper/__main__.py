@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.paper import estimate, report
 from benchmarks.paper.cluster import existing, local
-from benchmarks.paper.data import DATASETS, own_folder
+from benchmarks.paper.data import DATASETS, EMBEDDED, own_folder
 from benchmarks.paper.experiment import Plan, Results
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.interrupt import stoppable
@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", choices=[*DATASETS, "folder"], help="folder: one of your own, see --data-dir")
     parser.add_argument("--train-size", type=int, help="use so many of the training samples")
     parser.add_argument("--pairs", type=int, help="of fashion-pairs: training and validation pairs")
+    parser.add_argument("--label-noise", type=number, help="replace this share of the training labels")
     parser.add_argument(
         "--size", type=int, help="height of an image, of fashion-pairs (a divisor of 28) and folder (64)"
     )
@@ -120,11 +121,11 @@ def make_setting(options: argparse.Namespace) -> Setting:
         )
     else:
         setting = preset(options.preset, options.dataset, options.model, options.other_model)
-        if options.data_dir is not None and setting.data.name == "digits":
-            raise ValueError("--data-dir is for data sets of files; digits is embedded in scikit-learn")
+        if options.data_dir is not None and setting.data.name in EMBEDDED:
+            raise ValueError(f"--data-dir is for data sets of files; {setting.data.name} comes with a package")
     given = {name: value for name, value in vars(options).items() if value is not None}
     parts = {
-        "data": {name: given[name] for name in ("train_size", "pairs", "size") if name in given},
+        "data": {name: given[name] for name in ("train_size", "pairs", "size", "label_noise") if name in given},
         "recipe": {name: given[name] for name in Recipe.__annotations__ if name in given},
         "model": {name: given[name] for name in ("width",) if name in given},
     }
@@ -176,8 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
 def check_installed(dataset: str) -> None:
     """Say at the start what is missing, and not after hours of training."""
     needed = ["distributed", "matplotlib", "tqdm"]
-    if dataset == "digits":
-        needed.append("sklearn")
+    if dataset in EMBEDDED:
+        needed.append(EMBEDDED[dataset].package)
     lacking = [name for name in needed if importlib.util.find_spec(name) is None]
     if lacking:
         raise ValueError(f"{', '.join(lacking)} must be installed: pip install -e '.[benchmarks]'")

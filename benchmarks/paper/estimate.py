@@ -110,9 +110,9 @@ def _disk(todo: list[Run], keep: set[str]) -> str:
 
 
 @functools.cache
-def _weight_bytes(spec: models.ModelSpec, num_classes: int, channels: int) -> int:
+def _weight_bytes(spec: models.ModelSpec, num_classes: int, channels: int, flat: bool) -> int:
     with torch.device("meta"):
-        model = models.make(spec, num_classes, channels)
+        model = models.make(spec, num_classes, channels, flat)
     return sum(value.nbytes for value in model.state_dict().values())
 
 
