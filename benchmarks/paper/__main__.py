@@ -57,7 +57,7 @@ def number(text: str) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser; an option that is not given is the preset's."""
-    names = "\n".join(f"  {name:20}{e.title} ({e.figure})" for name, e in EXPERIMENTS.items())
+    names = "\n".join(f"  {name:20}{e.heading}" for name, e in EXPERIMENTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
         description=f"The paper's experiments, each with a table, a figure and verdicts:\n\n{names}",
@@ -65,7 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # the command is printed beside its results
     )
-    parser.add_argument("experiment", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help="or all")
+    parser.add_argument(
+        "experiment", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help="all: all of the paper's"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="default %(default)s")
     parser.add_argument("--dataset", choices=[*DATASETS, "folder"], help="folder: one of your own, see --data-dir")
     parser.add_argument("--train-size", type=int, help="use so many of the training samples")
@@ -136,6 +138,18 @@ def make_setting(options: argparse.Namespace) -> Setting:
     return replace(setting, **{name: given[name] for name in own if name in given})
 
 
+def make_plans(options: argparse.Namespace, setting: Setting) -> dict[str, Plan]:
+    """Plan the experiments that are asked for, each once."""
+    of_paper = [name for name, experiment in EXPERIMENTS.items() if experiment.figure]
+    names = [name for given in options.experiment for name in (of_paper if given == "all" else [given])]
+    return {name: EXPERIMENTS[name].plan(setting) for name in names}
+
+
+def every_run(setting: Setting, plans: dict[str, Plan]) -> list[Run]:
+    """Give the runs of the plans, of every seed."""
+    return [run.repeated(seed) for plan in plans.values() for run in plan.values() for seed in range(setting.seeds)]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Do the runs that are missing; print and save tables, figures and verdicts."""
     parser = make_parser()
@@ -146,14 +160,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--workers is for processes of this machine; the cluster of --scheduler has its own")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # tables have signs that not every terminal has
-    names = list(EXPERIMENTS) if "all" in options.experiment else list(dict.fromkeys(options.experiment))
     start = time.perf_counter()
     try:
         with stoppable():
             setting = make_setting(options)
             check_installed(setting.data.name)
-            plans = {name: EXPERIMENTS[name].plan(setting) for name in names}
-            runs = [run.repeated(s) for plan in plans.values() for run in plan.values() for s in range(setting.seeds)]
+            plans = make_plans(options, setting)
+            runs = every_run(setting, plans)
             if options.dry_run:
                 print(estimate.describe(runs, Store(options.out, read_only=True), _processes(options, setting.device)))
                 return
@@ -185,9 +198,10 @@ def check_installed(dataset: str) -> None:
 
 
 def train(options: argparse.Namespace, runs: list[Run]) -> tuple[Store, list[str]]:
-    """Do the missing runs, and say which failed."""
+    """Say what will be done and how long it takes; do the missing runs, and say which failed."""
     with Store(options.out) as store:
         todo = missing(runs, store)
+        print(estimate.announce(todo, store, _processes(options, runs[0].device) if runs else None), flush=True)
         if not todo:
             return store, []
         device, keep = todo[0].device, kept([*runs, *todo])
@@ -228,6 +242,10 @@ def write(out: Path, setting: Setting, plans: dict[str, Plan], store: Store, com
         results = Results(plan, setting.seeds, store)
         claims[name] = report.save(out / name, EXPERIMENTS[name], setting, results, command)
         print("\n" + (out / name / "table.md").read_text("utf-8"))
+    for name in claims:
+        summary = EXPERIMENTS[name].summary
+        if summary is not None:
+            print("\n" + "\n".join(summary(setting, Results(plans[name], setting.seeds, store))))
     if len(claims) > 1:
         table = report.verdict_table(claims)
         (out / "verdicts.md").write_text(f"# Verdicts: {setting.describe()}\n\n{table}\n", encoding="utf-8")

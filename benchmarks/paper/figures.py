@@ -58,13 +58,13 @@ Line = tuple[list[float], list[Any]]  # x, and labels of runs or lists of values
 class Panel:
     """A panel of lines: a metric, found at ``where`` in the records, or values under a heading of one's own.
 
-    ``flat`` is a line across: its name, labels of runs, and which of their means to show.
+    ``flat`` is a line across: its name, labels of runs, which of their means to show, and where in the records it is.
     """
 
     metric: str
     lines: Mapping[str, Line]
     where: tuple[str, ...] = ("test",)
-    flat: tuple[str, list[str], Callable[..., float]] | None = None
+    flat: tuple[str, list[str], Callable[..., float], tuple[str, ...]] | None = None
 
 
 def lines(
@@ -87,8 +87,8 @@ def lines(
             high = [m + h for m, h in zip(means, halves, strict=True)]
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         if panel.flat is not None:
-            name, labels, choose = panel.flat
-            level = choose(mean_interval(results.values(label, panel.metric, *panel.where))[0] for label in labels)
+            name, labels, choose, where = panel.flat
+            level = choose(mean_interval(results.values(label, panel.metric, *where))[0] for label in labels)
             axes.axhline(level, color="C2", linestyle="--", label=name)
         heading = METRICS[panel.metric][0] if panel.metric in METRICS else panel.metric
         axes.set_title(heading, fontsize="medium")

@@ -112,7 +112,7 @@ def execute(
     Raises:
         ValueError: the data set is another than expected.
     """
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     data, digest = _data(run.data, folder, cache, run.device)
     if digest != (expected or digest):
         raise ValueError(f"{run.data.name} has the digest {digest} on {platform.node()}, and should have {expected}")
@@ -151,6 +151,7 @@ def execute(
         **_finite(details, digits=6),
         "data_digest": digest,
         "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - cpu_start, 2),
         "versions": versions(),
         "hardware": hardware(run.device),
     }

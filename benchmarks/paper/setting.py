@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.paper.data import DataSpec, train_size
-from benchmarks.paper.methods import ALPHA, TRUE_CLASS, Method, beta_smoothing, cross_entropy
+from benchmarks.paper.methods import ALPHA, BETA_ALPHA, TRUE_CLASS, Method, beta_smoothing, cross_entropy
 from benchmarks.paper.models import ModelSpec
 from benchmarks.paper.recipe import Recipe
 from benchmarks.paper.runs import TEACHER_SEED, Run
@@ -35,6 +35,9 @@ class Setting:
         beta_alphas: Least weights of the true class in Fig. 7, beside the 0.4 of the others; may be empty.
         prunes: Shares of the classes that are pruned in Fig. 9.
         true_classes: Average shares of the true class in Fig. 3, beside the 0.85 of all others; may be empty.
+        shares: Average shares of the true class to choose from in ``tuned``, rising.
+        student_shares: Those of self-distillation, whose hard label has 0.6 of its own, and whose teacher is right on
+            a part of the training set only.
     """
 
     data: DataSpec
@@ -54,6 +57,8 @@ class Setting:
     beta_alphas: tuple[float, ...] = (0.2, 0.6)
     prunes: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
     true_classes: tuple[float, ...] = (0.95,)
+    shares: tuple[float, ...] = (0.5, 0.65, 0.75, 0.85, 0.92, 0.98)
+    student_shares: tuple[float, ...] = (0.65, 0.75, 0.85, 0.9)
 
     def __post_init__(self) -> None:
         """Check the numbers of runs and the grids."""
@@ -68,7 +73,11 @@ class Setting:
             )
         if not all(0 <= alpha < TRUE_CLASS for alpha in self.beta_alphas):
             raise ValueError(f"beta_alphas must be from 0 to below {TRUE_CLASS}, got {_listed(self.beta_alphas)}")
-        grids = {"temperatures": 3, "fractions": 2, "weight_decays": 2, "student_temperatures": 1, "prunes": 1}
+        for name, low in (("shares", BETA_ALPHA), ("student_shares", ALPHA)):
+            if not all(low < share < 1 for share in getattr(self, name)):
+                raise ValueError(f"{name} must be above {low} and below 1, got {_listed(getattr(self, name))}")
+        grids = {"shares": 2, "student_shares": 2}
+        grids |= {"temperatures": 3, "fractions": 2, "weight_decays": 2, "student_temperatures": 1, "prunes": 1}
         for name, least in grids.items():
             grid, got = getattr(self, name), _listed(getattr(self, name))
             if len(grid) < least or list(grid) != sorted(set(grid)) or not all(0 < x < math.inf for x in grid):
@@ -127,12 +136,13 @@ def preset(
     Args:
         name: ``"smoke"``: everything in a few minutes, numbers without meaning. ``"laptop"``: minutes to an hour on
             two cores. ``"gpu"``: an hour or a few on one accelerator. ``"paper"``: the paper's recipe in full.
-        dataset: None is what the preset is made for: digits (smoke, laptop), fashion-pairs (gpu), CIFAR-100 (paper).
+        dataset: None is what the preset is made for: digits (smoke), words (laptop), fashion-pairs (gpu), CIFAR-100
+            (paper).
         model: None is the preset's network for the data set.
         other_model: The second network of cross-distillation; None is the preset's.
         size: Of images in a folder of one's own.
     """
-    dataset = dataset or {"gpu": "fashion-pairs", "paper": "cifar100"}.get(name, "digits")
+    dataset = dataset or {"laptop": "words", "gpu": "fashion-pairs", "paper": "cifar100"}.get(name, "digits")
     large = dataset == "cub200"
     networks = {
         "smoke": ("resnet8", "densenet10"),
