@@ -73,14 +73,15 @@ class Run:
         """Plain values, for JSON; the teacher is given by its key."""
         config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         config = {name: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for name, v in config.items()}
-        if not self.data.label_noise:  # which older runs did not have
-            del config["data"]["label_noise"]
         return {**config, "teacher": None if self.teacher is None else self.teacher.key, "version": VERSION}
 
     @functools.cached_property
     def key(self) -> str:
         """Hash of the configuration."""
-        text = json.dumps(self.config(), sort_keys=True)
+        config = self.config()
+        if not self.data.label_noise:  # which older runs did not have
+            del config["data"]["label_noise"]
+        text = json.dumps(config, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
