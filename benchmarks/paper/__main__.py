@@ -242,14 +242,13 @@ def write(out: Path, setting: Setting, plans: dict[str, Plan], store: Store, com
         results = Results(plan, setting.seeds, store)
         claims[name] = report.save(out / name, EXPERIMENTS[name], setting, results, command)
         print("\n" + (out / name / "table.md").read_text("utf-8"))
-    for name in claims:
-        summary = EXPERIMENTS[name].summary
-        if summary is not None:
-            print("\n" + "\n".join(summary(setting, Results(plans[name], setting.seeds, store))))
     if len(claims) > 1:
         table = report.verdict_table(claims)
         (out / "verdicts.md").write_text(f"# Verdicts: {setting.describe()}\n\n{table}\n", encoding="utf-8")
         print(f"\n{table}\n")
+    for name in claims:
+        if EXPERIMENTS[name].summary is not None:  # last, where a reader who has no time looks
+            print("\n" + (out / name / "summary.md").read_text("utf-8"))
     return incomplete
 
 

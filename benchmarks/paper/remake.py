@@ -65,7 +65,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             remake(RESULTS / name, Path(out))
             for path in Path(out).rglob("*"):
-                if path.suffix in (".md", ".png"):
+                if path.suffix in (".md", ".png", ".svg"):
                     target = RESULTS / name / path.relative_to(out)
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(path, target)

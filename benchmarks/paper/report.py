@@ -57,7 +57,7 @@ def truth(results: Results) -> str:
 
 
 def save(folder: Path, experiment: Experiment, setting: Setting, results: Results, command: str) -> list[Claim]:
-    """Write table.md and figure.png; return the claims, decided."""
+    """Write table.md, summary.md and the figures; return the claims, decided."""
     folder.mkdir(parents=True, exist_ok=True)
     claims = experiment.claims(setting, results)
     table = metric_table(results) if experiment.table is None else experiment.table(setting, results)
@@ -70,5 +70,8 @@ def save(folder: Path, experiment: Experiment, setting: Setting, results: Result
         f"# {title}\n\n{table}\n\n{note}{provenance(results, command)}\n\n{tests}{verdicts(claims)}\n",
         encoding="utf-8",
     )
+    if experiment.summary is not None:
+        sentences = "\n".join(f"- {sentence}" for sentence in experiment.summary(setting, results))
+        (folder / "summary.md").write_text(f"{sentences}\n", encoding="utf-8")
     experiment.draw(setting, results, folder)
     return claims

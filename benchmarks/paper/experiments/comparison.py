@@ -60,8 +60,11 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
 
 
 def draw(setting: Setting, results: Results, folder: Path) -> None:
-    """Draw bars, and reliability diagrams."""
-    figures.bars(setting, results, folder / "figure.png", "Fig. 3")
+    """Draw differences, those that matter for a page of either colour, and reliability diagrams."""
+    figures.differences(results, folder / "figure.png", f"Fig. 3: {setting.describe()}")
+    for scheme, ink in (("light", "#24292f"), ("dark", "#e6edf3")):
+        path = folder / f"headline-{scheme}.svg"
+        figures.differences(results, path, "", (LS, BETA, SD), ("accuracy", "ece", "nll"), ink)
     figures.reliability_diagrams(setting, results, folder / "reliability.png")
 
 

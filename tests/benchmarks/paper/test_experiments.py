@@ -19,6 +19,7 @@ from benchmarks.paper.experiments import EXPERIMENTS, tuned
 from benchmarks.paper.recipe import Recipe
 from benchmarks.paper.runs import TEACHER_SEED
 from benchmarks.paper.setting import PRESETS, Setting, preset
+from benchmarks.paper.statistics import mean_interval
 from benchmarks.paper.store import Store
 from softlabels.metrics import reliability_curve
 
@@ -130,6 +131,21 @@ def test_planted_effects_are_found_and_reversed_ones_contradicted(name, tmp_path
         assert "nan" not in table
     experiment.draw(setting, results, tmp_path)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_show_differences_from_the_first_with_their_intervals(tmp_path, monkeypatch):
+    setting = replace(preset("smoke"), seeds=8)
+    results = made_up(setting, "pruned", tmp_path, 1.0)
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *arguments, **options: drawn.append(figure))
+    figures.differences(results, tmp_path / "figure.png", "title", metrics=("accuracy", "diversity", "limit"))
+    accuracy, diversity = drawn[0].axes  # the limit is not known
+    assert [text.get_text() for text in accuracy.get_yticklabels()] == results.labels[1:]
+    for axes, metric in ((accuracy, "accuracy"), (diversity, "diversity")):
+        for label, bar in zip(results.labels[1:], axes.containers, strict=True):
+            mean, half = mean_interval(results.difference(label, "cross-entropy", metric))
+            assert bar.lines[0].get_xdata() == pytest.approx([mean])
+            assert sorted(bar.lines[2][0].get_segments()[0][:, 0]) == pytest.approx([mean - half, mean + half])
 
 
 def test_the_strength_is_chosen_on_validation_data(tmp_path):
