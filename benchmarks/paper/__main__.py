@@ -241,7 +241,8 @@ def write(out: Path, setting: Setting, plans: dict[str, Plan], store: Store, com
             continue
         results = Results(plan, setting.seeds, store)
         claims[name] = report.save(out / name, EXPERIMENTS[name], setting, results, command)
-        print("\n" + (out / name / "table.md").read_text("utf-8"))
+        for part in ("table", "claims"):
+            print("\n" + (out / name / f"{part}.md").read_text("utf-8"))
     if len(claims) > 1:
         table = report.verdict_table(claims)
         (out / "verdicts.md").write_text(f"# Verdicts: {setting.describe()}\n\n{table}\n", encoding="utf-8")

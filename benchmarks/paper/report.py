@@ -57,7 +57,7 @@ def truth(results: Results) -> str:
 
 
 def save(folder: Path, experiment: Experiment, setting: Setting, results: Results, command: str) -> list[Claim]:
-    """Write table.md, summary.md and the figures; return the claims, decided."""
+    """Write table.md, claims.md, summary.md and the figures; return the claims, decided."""
     folder.mkdir(parents=True, exist_ok=True)
     claims = experiment.claims(setting, results)
     table = metric_table(results) if experiment.table is None else experiment.table(setting, results)
@@ -66,12 +66,13 @@ def save(folder: Path, experiment: Experiment, setting: Setting, results: Result
         title += f": {setting.describe()}"
         note = f"Test set, mean over seeds ± half-width of the 95% interval; ECE of 15 bins. {truth(results)}"
         tests = f"{planned(setting.seeds)}\n\n"
-    (folder / "table.md").write_text(
-        f"# {title}\n\n{table}\n\n{note}{provenance(results, command)}\n\n{tests}{verdicts(claims)}\n",
-        encoding="utf-8",
-    )
+    texts = {
+        "table": f"# {title}\n\n{table}\n\n{note}{provenance(results, command)}\n",
+        "claims": f"{tests}{verdicts(claims)}\n",
+    }
     if experiment.summary is not None:
-        sentences = "\n".join(f"- {sentence}" for sentence in experiment.summary(setting, results))
-        (folder / "summary.md").write_text(f"{sentences}\n", encoding="utf-8")
+        texts["summary"] = "".join(f"- {sentence}\n" for sentence in experiment.summary(setting, results))
+    for name, text in texts.items():
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
     experiment.draw(setting, results, folder)
     return claims

@@ -35,6 +35,12 @@ def plan(setting: Setting) -> Plan:
 def claims(setting: Setting, results: Results) -> list[Claim]:
     """Decide C3 to C6."""
     better = results.better
+    closer = Claim(
+        "truth",
+        "At equal average smoothing, labels that fit the instance bring predictions closer to the true posterior than "
+        "equal ones do",
+        [better(method, LS, "kl") for method in (BETA, SD)] if results.has("kl") else [],
+    )
     return [
         Claim(
             "C3",
@@ -56,6 +62,7 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
             "All three improve ECE over cross-entropy, self-distillation and Beta smoothing more than label smoothing",
             [better(method, CE, "ece") for method in (LS, BETA, SD)] + [better(m, LS, "ece") for m in (BETA, SD)],
         ),
+        *([closer] if closer.parts else []),
     ]
 
 

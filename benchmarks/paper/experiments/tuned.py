@@ -84,8 +84,9 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
     if results.has("kl"):
         decided.append(
             Claim(
-                "truth",
-                "Labels that fit the instance bring predictions closer to the true posterior than equal ones do",
+                "tuned truth",
+                "At the strength that validation data choose, too, labels that fit the instance bring predictions "
+                "closer to the true posterior than equal ones do",
                 [part(method, LS, "kl") for method in (BETA, SD)],
             )
         )

@@ -99,7 +99,7 @@ def quality(name: str, label: str, position: int, count: int) -> dict[str, float
 CLAIMS = {
     "sequential": ["C1"],
     "temperature": ["C2"],
-    "comparison": ["C3", "C4", "C5", "C6"],
+    "comparison": ["C3", "C4", "C5", "C6", "truth"],
     "student-scaling": ["C7"],
     "train-size": ["C8"],
     "weight-decay": ["C9"],
@@ -107,7 +107,7 @@ CLAIMS = {
     "cross-distillation": ["C11"],
     "pruned": ["C12"],
     "sample-weights": ["C13"],
-    "tuned": ["tuned LS", "tuned Beta", "tuned SD", "truth"],
+    "tuned": ["tuned LS", "tuned Beta", "tuned SD", "tuned truth"],
 }
 
 
