@@ -121,19 +121,31 @@ def minus(first: list[float], second: list[float]) -> list[float]:
 
 def cell(results: Results, label: str, metric: str, *where: str) -> str:
     """Mean and half-width of the 95% interval, as text."""
-    decimals = METRICS[metric][1] if metric in METRICS else 2
-    mean, half = mean_interval(results.values(label, metric, *where))
+    return interval(results.values(label, metric, *where), METRICS[metric][1] if metric in METRICS else 2)
+
+
+def interval(values: list[float], decimals: int) -> str:
+    """Mean and half-width of the 95% interval of values, as text."""
+    mean, half = mean_interval(values)
     return f"{mean:.{decimals}f}" + ("" if math.isnan(half) else f" ± {half:.{decimals}f}")
 
 
-def metric_table(results: Results) -> str:
-    """Markdown table of means and 95% intervals on the test set."""
+def metric_table(results: Results, scaled: str | None = None) -> str:
+    """Markdown table of means and 95% intervals on the test set.
+
+    Args:
+        results: The records.
+        scaled: A run that is also shown after temperature scaling, if its records have that.
+    """
     metrics = [metric for metric in METRICS if metric == "gap" or results.has(metric)]
     headings = [METRICS[metric][0] for metric in metrics]
     lines = ["| method | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(metrics)]
     for label in results.labels:
         cells = [cell(results, label, metric) for metric in metrics]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        if label == scaled and results.has("nll", "scaled"):
+            cells = ["" if metric == "gap" else cell(results, label, metric, "scaled") for metric in metrics]
+            lines.append(f"| {label}, temperature scaled | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

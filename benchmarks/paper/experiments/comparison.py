@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from benchmarks.paper import figures
-from benchmarks.paper.experiment import Experiment, Plan, Results
+from benchmarks.paper.experiment import Experiment, Plan, Results, interval, metric_table, minus
 from benchmarks.paper.methods import cross_entropy, label_smoothing, self_distillation
 from benchmarks.paper.setting import Setting
 from benchmarks.paper.statistics import LEAST_SEEDS, Claim, holm, mean_interval
@@ -75,6 +75,11 @@ def draw(setting: Setting, results: Results, folder: Path) -> None:
     figures.reliability_diagrams(setting, results, folder / "reliability.png")
 
 
+def table(setting: Setting, results: Results) -> str:
+    """Tabulate every metric, and cross-entropy after temperature scaling, which anybody would try first."""
+    return metric_table(results, CE)
+
+
 def summary(setting: Setting, results: Results) -> list[str]:
     """Say what gained what, by how much and how sure, in three sentences."""
     smoothers = (LS, BETA, SD)
@@ -94,6 +99,10 @@ def summary(setting: Setting, results: Results) -> list[str]:
             phrases.append(f"{method} {abs(difference):.1f}{interval} {more if difference >= 0 else less}")
         return f"{phrases[0]}, {phrases[1]} and {phrases[2]}"
 
+    temperature = ""
+    if results.has("ece", "scaled"):
+        less = minus(results.values(CE, "ece"), results.values(CE, "ece", "scaled"))
+        temperature = f"; a temperature that is fitted afterwards takes {interval(less, 1)} points away"
     limit = f" of at most {mean(CE, 'limit'):.1f}" if results.has("limit") else ""
     sure = [part.verdict(level) != "undecided" for part, level in zip(every, levels, strict=True)]
     names = [f"{what} of {m}" for what in ("accuracy", "calibration") for m in smoothers]
@@ -107,9 +116,9 @@ def summary(setting: Setting, results: Results) -> list[str]:
         f"Of 100 test samples cross-entropy gets {mean(CE, 'accuracy'):.1f}{limit} right: "
         f"{differences('accuracy', 'more', 'fewer')}.",
         f"Its confidence is off by {mean(CE, 'ece'):.1f} points on average (ECE): "
-        f"{differences('ece', 'points less', 'points more')}.",
+        f"{differences('ece', 'points less', 'points more')}{temperature}.",
         f"{certainty} (± is the 95% interval over seeds).",
     ]
 
 
-EXPERIMENT = Experiment("Distillation and label smoothing compared", "Fig. 3", plan, claims, draw, summary=summary)
+EXPERIMENT = Experiment("Distillation and label smoothing compared", "Fig. 3", plan, claims, draw, table, summary)

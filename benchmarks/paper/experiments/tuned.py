@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.paper import figures
-from benchmarks.paper.experiment import METRICS, Experiment, Plan, Results, minus
+from benchmarks.paper.experiment import METRICS, Experiment, Plan, Results, interval, minus
 from benchmarks.paper.experiments.comparison import BETA, CE, LS, SD
 from benchmarks.paper.methods import cross_entropy, label_smoothing, self_distillation
 from benchmarks.paper.runs import Run
 from benchmarks.paper.setting import Setting
-from benchmarks.paper.statistics import Claim, Part, mean_interval
+from benchmarks.paper.statistics import Claim, Part
 
 BATCH = "Beta smoothing, ranked by the batch"
 SCALED = "cross-entropy, temperature scaled"
@@ -102,11 +101,7 @@ def table(setting: Setting, results: Results) -> str:
     headings = ["method", "true class", *(METRICS[metric][0] for metric in metrics), "cost"]
     lines = ["| " + " | ".join(headings) + " |", "|---|---|" + "---:|" * (len(metrics) + 1)]
     for method in (CE, SCALED, *SMOOTHERS):
-        cells = []
-        for metric in metrics:
-            mean, half = mean_interval(tested(setting, results, method, metric))
-            decimals = METRICS[metric][1]
-            cells.append(f"{mean:.{decimals}f}" + ("" if math.isnan(half) else f" ± {half:.{decimals}f}"))
+        cells = [interval(tested(setting, results, method, metric), METRICS[metric][1]) for metric in metrics]
         cells = [method, _strength(setting, results, method), *cells, f"{COSTS[method]:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + (
@@ -120,8 +115,7 @@ def _strength(setting: Setting, results: Results, method: str) -> str:
     if method == CE:
         return ""
     if method == SCALED:
-        mean, half = mean_interval(results.values(CE, "temperature", "scaled"))
-        return f"T = {mean:.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+        return f"T = {interval(results.values(CE, 'temperature', 'scaled'), 2)}"
     counts = Counter(name.rsplit(" ", 1)[1] for name in chosen(setting, results, method))
     if len(counts) == 1:
         return next(iter(counts))
