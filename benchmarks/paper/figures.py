@@ -44,7 +44,8 @@ def differences(
     metrics = [metric for metric in metrics if results.has(metric)]
     styles = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), ink)
     with rc_context({**styles, "svg.hashsalt": "softlabels"}):
-        figure = Figure(figsize=(2.2 + 2.3 * len(metrics), 1.3 + 0.3 * len(labels)), layout="constrained")
+        width = 0.2 + 0.08 * max(map(len, labels)) + 1.9 * len(metrics)
+        figure = Figure(figsize=(width, 1.3 + 0.3 * len(labels)), layout="constrained")
         if title:
             figure.suptitle(title)
         panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
@@ -56,11 +57,12 @@ def differences(
             axes.axvline(0.0, color=ORANGE, linestyle="--", linewidth=1)
             name, unit = METRICS[metric][0].partition(" (")[0], METRICS[metric][2]
             level = mean_interval(results.values(baseline, metric))[0]
-            axes.set_title(f"{name}\n{level:.{METRICS[metric][1]}f} with {baseline}", fontsize="small")
+            axes.set_title(f"{name}\n{level:.{METRICS[metric][1]}f} with\n{baseline}", fontsize="small")
             axes.set_xlabel(f"{unit}, {'more' if metric == 'accuracy' else 'less'} is better", fontsize="small")
+            axes.locator_params(axis="x", nbins=4)
             axes.set_yticks(range(len(labels)), labels)
+            axes.set_ylim(len(labels) - 0.5, -0.5)
             axes.spines[["top", "right"]].set_visible(False)
-        panels[0].invert_yaxis()
         vector = path.suffix == ".svg"
         figure.savefig(path, dpi=DPI, transparent=vector, metadata={"Date": None} if vector else None)
 

@@ -71,7 +71,7 @@ def draw(setting: Setting, results: Results, folder: Path) -> None:
     figures.differences(results, folder / "figure.png", f"Fig. 3: {setting.describe()}")
     for scheme, ink in (("light", "#24292f"), ("dark", "#e6edf3")):
         path = folder / f"headline-{scheme}.svg"
-        figures.differences(results, path, "", (LS, BETA, SD), ("accuracy", "ece", "nll"), ink)
+        figures.differences(results, path, "", (LS, BETA, SD), ("accuracy", "ece"), ink)
     figures.reliability_diagrams(setting, results, folder / "reliability.png")
 
 
