@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.paper import estimate, report
 from benchmarks.paper.cluster import existing, local
-from benchmarks.paper.data import DATASETS, own_folder
+from benchmarks.paper.data import DATASETS, EMBEDDED, own_folder
 from benchmarks.paper.experiment import Plan, Results
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.interrupt import stoppable
@@ -57,7 +57,7 @@ def number(text: str) -> float:
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser; an option that is not given is the preset's."""
-    names = "\n".join(f"  {name:20}{e.title} ({e.figure})" for name, e in EXPERIMENTS.items())
+    names = "\n".join(f"  {name:20}{e.heading}" for name, e in EXPERIMENTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paper",
         description=f"The paper's experiments, each with a table, a figure and verdicts:\n\n{names}",
@@ -65,11 +65,14 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # the command is printed beside its results
     )
-    parser.add_argument("experiment", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help="or all")
+    parser.add_argument(
+        "experiment", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME", help="all: all of the paper's"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="default %(default)s")
     parser.add_argument("--dataset", choices=[*DATASETS, "folder"], help="folder: one of your own, see --data-dir")
     parser.add_argument("--train-size", type=int, help="use so many of the training samples")
     parser.add_argument("--pairs", type=int, help="of fashion-pairs: training and validation pairs")
+    parser.add_argument("--label-noise", type=number, help="replace this share of the training labels")
     parser.add_argument(
         "--size", type=int, help="height of an image, of fashion-pairs (a divisor of 28) and folder (64)"
     )
@@ -120,11 +123,11 @@ def make_setting(options: argparse.Namespace) -> Setting:
         )
     else:
         setting = preset(options.preset, options.dataset, options.model, options.other_model)
-        if options.data_dir is not None and setting.data.name == "digits":
-            raise ValueError("--data-dir is for data sets of files; digits is embedded in scikit-learn")
+        if options.data_dir is not None and setting.data.name in EMBEDDED:
+            raise ValueError(f"--data-dir is for data sets of files; {setting.data.name} comes with a package")
     given = {name: value for name, value in vars(options).items() if value is not None}
     parts = {
-        "data": {name: given[name] for name in ("train_size", "pairs", "size") if name in given},
+        "data": {name: given[name] for name in ("train_size", "pairs", "size", "label_noise") if name in given},
         "recipe": {name: given[name] for name in Recipe.__annotations__ if name in given},
         "model": {name: given[name] for name in ("width",) if name in given},
     }
@@ -133,6 +136,18 @@ def make_setting(options: argparse.Namespace) -> Setting:
     setting = replace(setting, other_recipe=replace(setting.other_recipe, **parts["recipe"]))
     own = ("seeds", "device", "ema_decay", "generations", *GRIDS)
     return replace(setting, **{name: given[name] for name in own if name in given})
+
+
+def make_plans(options: argparse.Namespace, setting: Setting) -> dict[str, Plan]:
+    """Plan the experiments that are asked for, each once."""
+    of_paper = [name for name, experiment in EXPERIMENTS.items() if experiment.figure]
+    names = [name for given in options.experiment for name in (of_paper if given == "all" else [given])]
+    return {name: EXPERIMENTS[name].plan(setting) for name in names}
+
+
+def every_run(setting: Setting, plans: dict[str, Plan]) -> list[Run]:
+    """Give the runs of the plans, of every seed."""
+    return [run.repeated(seed) for plan in plans.values() for run in plan.values() for seed in range(setting.seeds)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -145,14 +160,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--workers is for processes of this machine; the cluster of --scheduler has its own")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # tables have signs that not every terminal has
-    names = list(EXPERIMENTS) if "all" in options.experiment else list(dict.fromkeys(options.experiment))
     start = time.perf_counter()
     try:
         with stoppable():
             setting = make_setting(options)
             check_installed(setting.data.name)
-            plans = {name: EXPERIMENTS[name].plan(setting) for name in names}
-            runs = [run.repeated(s) for plan in plans.values() for run in plan.values() for s in range(setting.seeds)]
+            plans = make_plans(options, setting)
+            runs = every_run(setting, plans)
             if options.dry_run:
                 print(estimate.describe(runs, Store(options.out, read_only=True), _processes(options, setting.device)))
                 return
@@ -176,17 +190,18 @@ def main(arguments: list[str] | None = None) -> None:
 def check_installed(dataset: str) -> None:
     """Say at the start what is missing, and not after hours of training."""
     needed = ["distributed", "matplotlib", "tqdm"]
-    if dataset == "digits":
-        needed.append("sklearn")
+    if dataset in EMBEDDED:
+        needed.append(EMBEDDED[dataset].package)
     lacking = [name for name in needed if importlib.util.find_spec(name) is None]
     if lacking:
         raise ValueError(f"{', '.join(lacking)} must be installed: pip install -e '.[benchmarks]'")
 
 
 def train(options: argparse.Namespace, runs: list[Run]) -> tuple[Store, list[str]]:
-    """Do the missing runs, and say which failed."""
+    """Say what will be done and how long it takes; do the missing runs, and say which failed."""
     with Store(options.out) as store:
         todo = missing(runs, store)
+        print(estimate.announce(todo, store, _processes(options, runs[0].device) if runs else None), flush=True)
         if not todo:
             return store, []
         device, keep = todo[0].device, kept([*runs, *todo])
@@ -226,11 +241,15 @@ def write(out: Path, setting: Setting, plans: dict[str, Plan], store: Store, com
             continue
         results = Results(plan, setting.seeds, store)
         claims[name] = report.save(out / name, EXPERIMENTS[name], setting, results, command)
-        print("\n" + (out / name / "table.md").read_text("utf-8"))
+        for part in ("table", "claims"):
+            print("\n" + (out / name / f"{part}.md").read_text("utf-8"))
     if len(claims) > 1:
         table = report.verdict_table(claims)
         (out / "verdicts.md").write_text(f"# Verdicts: {setting.describe()}\n\n{table}\n", encoding="utf-8")
         print(f"\n{table}\n")
+    for name in claims:
+        if EXPERIMENTS[name].summary is not None:  # last, where a reader who has no time looks
+            print("\n" + (out / name / "summary.md").read_text("utf-8"))
     return incomplete
 
 

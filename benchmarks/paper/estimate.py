@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import functools
+import gzip
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.paper import models
 from benchmarks.paper.data import DataSpec, decoded_bytes, shape, train_size
-from benchmarks.paper.runs import Record, Run
+from benchmarks.paper.runs import TEACHER_SEED, Record, Run
 from benchmarks.paper.schedule import kept, missing
 from benchmarks.paper.store import Store
 from benchmarks.provenance import hardware
 
 RECORD, EPOCH = 2_000, 75  # bytes of a line of runs.jsonl, about, and of each epoch in it
+RESULTS = Path(__file__).parents[1] / "results" / "paper"
 Rates = dict[tuple[Any, ...], tuple[float, int]]  # seconds and optimizer steps
 
 
@@ -41,6 +45,40 @@ def describe(runs: list[Run], store: Store, processes: int | None) -> str:
     return "\n".join(lines)
 
 
+def announce(todo: list[Run], store: Store, processes: int | None) -> str:
+    """Say in one line what is to be done, and how long it takes by what is stored or was committed."""
+    if not todo:
+        return "every run is stored; nothing is trained"
+    names = " and ".join(dict.fromkeys(f"{run.model.name} on {run.data.name}" for run in todo))
+    seeds = len({run.seed % TEACHER_SEED for run in todo})
+    known = [*store.records.values(), *_committed(todo[0].data.name)]
+    total, without = _total(todo, [record for record in known if record["device"] == todo[0].device])
+    what = f"{len(todo)} networks ({names}, {seeds} {'seed' if seeds == 1 else 'seeds'})"
+    if without or processes is None:
+        return f"{what}; Ctrl-C keeps what is done"
+    minutes = total / min(processes, len(todo)) / 60
+    return f"{what} on {processes} processes: about {max(minutes, 1):.0f} minutes; Ctrl-C keeps what is done"
+
+
+def _committed(dataset: str) -> Iterable[Record]:
+    """Records of the results that come with the project, which tell about other machines too."""
+    path = RESULTS / f"laptop-{dataset}" / "runs.jsonl.gz"
+    return map(json.loads, gzip.decompress(path.read_bytes()).splitlines()) if path.exists() else ()
+
+
+def _total(todo: list[Run], records: Iterable[Record]) -> tuple[float, Counter[str]]:
+    """Seconds of one process, and the runs of which no such run is known."""
+    rates = _rates(records)
+    total, without = 0.0, Counter[str]()
+    for run in todo:
+        rate = next((rates[like] for like in _likes(asdict(run)) if like in rates), None)
+        if rate is None:
+            without[f"{run.model.name} on {run.data.name}"] += 1
+        else:
+            total += rate[0] / rate[1] * run.recipe.steps(train_size(run.data))
+    return total, without
+
+
 def _hours(todo: list[Run], records: Iterable[Record], processes: int | None) -> list[str]:
     if not todo:
         return []
@@ -51,14 +89,7 @@ def _hours(todo: list[Run], records: Iterable[Record], processes: int | None) ->
         machine = hardware(device)
     else:  # planned where there is no accelerator
         machine = Counter(record["hardware"] for record in known).most_common(1)[0][0] if known else "an accelerator"
-    rates = _rates(record for record in known if record["hardware"] == machine)
-    total, without = 0.0, Counter[str]()
-    for run in todo:
-        rate = next((rates[like] for like in _likes(asdict(run)) if like in rates), None)
-        if rate is None:
-            without[f"{run.model.name} on {run.data.name}"] += 1
-        else:
-            total += rate[0] / rate[1] * run.recipe.steps(train_size(run.data))
+    total, without = _total(todo, (record for record in known if record["hardware"] == machine))
     lines = []
     if without.total() < len(todo):
         hours = total / 3600
@@ -78,9 +109,14 @@ def _rates(records: Iterable[Record]) -> Rates:
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0])
     for record in records:
         for like in _likes(record):
-            sums[like][0] += record["seconds"]
+            sums[like][0] += _seconds(record)
             sums[like][1] += _steps(record)
     return {like: (seconds, int(steps)) for like, (seconds, steps) in sums.items()}
+
+
+def _seconds(record: Record) -> float:
+    """Seconds of a run where nothing else is at work; of a CPU's, those that it computed."""
+    return float(record.get("cpu_seconds", record["seconds"]) if record["device"] == "cpu" else record["seconds"])
 
 
 def _steps(record: Record) -> int:
@@ -110,9 +146,9 @@ def _disk(todo: list[Run], keep: set[str]) -> str:
 
 
 @functools.cache
-def _weight_bytes(spec: models.ModelSpec, num_classes: int, channels: int) -> int:
+def _weight_bytes(spec: models.ModelSpec, num_classes: int, channels: int, flat: bool) -> int:
     with torch.device("meta"):
-        model = models.make(spec, num_classes, channels)
+        model = models.make(spec, num_classes, channels, flat)
     return sum(value.nbytes for value in model.state_dict().values())
 
 

@@ -24,10 +24,12 @@ METRICS = {
     "nll": ("NLL (nats)", 3, "nats"),
     "uncertainty": ("uncertainty (nats)", 3, "nats"),
     "diversity": ("diversity (nats)", 2, "nats"),
+    "kl": ("KL from the truth (nats)", 3, "nats"),
+    "excess": ("NLL above the truth's (nats)", 3, "nats"),
 }
 
 
-NAMES = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL"}
+NAMES = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL", "kl": "KL from the truth"}
 
 
 class Results:
@@ -51,6 +53,11 @@ class Results:
     def labels(self) -> list[str]:
         """What was run, in order."""
         return list(self.records)
+
+    def has(self, metric: str, where: str = "test") -> bool:
+        """Tell whether every run has a metric; that of the true posterior is known for few data sets."""
+        every = [record.get(where) for of_label in self.records.values() for record in of_label]
+        return all(metrics is not None and metric in metrics for metrics in every)
 
     def values(self, label: str, metric: str, *where: str) -> list[float]:
         """A metric of each seed; ``where`` leads to it in the record, by default the test set. Missing is nan."""
@@ -96,7 +103,7 @@ class Results:
         return [self.values(label, metric)[seed] for seed, label in enumerate(labels)]
 
     def better(self, first: str, second: str, metric: str) -> Part:
-        """Say that ``first`` has the higher accuracy, or the lower ECE or NLL, than ``second``."""
+        """Say that ``first`` has the higher accuracy, or the lower ECE, NLL or KL, than ``second``."""
         high, low = (first, second) if metric == "accuracy" else (second, first)
         return Part(f"{NAMES[metric]}, {high} - {low}", self.difference(high, low, metric), METRICS[metric][2])
 
@@ -114,32 +121,46 @@ def minus(first: list[float], second: list[float]) -> list[float]:
 
 def cell(results: Results, label: str, metric: str, *where: str) -> str:
     """Mean and half-width of the 95% interval, as text."""
-    decimals = METRICS[metric][1] if metric in METRICS else 2
-    mean, half = mean_interval(results.values(label, metric, *where))
+    return interval(results.values(label, metric, *where), METRICS[metric][1] if metric in METRICS else 2)
+
+
+def interval(values: list[float], decimals: int) -> str:
+    """Mean and half-width of the 95% interval of values, as text."""
+    mean, half = mean_interval(values)
     return f"{mean:.{decimals}f}" + ("" if math.isnan(half) else f" ± {half:.{decimals}f}")
 
 
-def metric_table(results: Results) -> str:
-    """Markdown table of means and 95% intervals on the test set."""
-    headings = [heading for heading, _, _ in METRICS.values()]
-    lines = ["| method | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(METRICS)]
+def metric_table(results: Results, scaled: str | None = None) -> str:
+    """Markdown table of means and 95% intervals on the test set.
+
+    Args:
+        results: The records.
+        scaled: A run that is also shown after temperature scaling, if its records have that.
+    """
+    metrics = [metric for metric in METRICS if metric == "gap" or results.has(metric)]
+    headings = [METRICS[metric][0] for metric in metrics]
+    lines = ["| method | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(metrics)]
     for label in results.labels:
-        cells = [cell(results, label, metric) for metric in METRICS]
+        cells = [cell(results, label, metric) for metric in metrics]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        if label == scaled and results.has("nll", "scaled"):
+            cells = ["" if metric == "gap" else cell(results, label, metric, "scaled") for metric in metrics]
+            lines.append(f"| {label}, temperature scaled | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One figure of the paper.
+    """One figure of the paper, or an experiment of this project's own.
 
     Args:
         title: What it shows.
-        figure: Where in the paper.
+        figure: Where in the paper; empty for what is not there, and what ``all`` leaves out.
         plan: The runs, by label.
         claims: The verdicts.
         draw: Saves the figure.
         table: The Markdown table; None is the usual one, of every metric on the test set.
+        summary: What came of it, in sentences for a reader who knows none of this.
     """
 
     title: str
@@ -148,3 +169,9 @@ class Experiment:
     claims: Callable[[Setting, Results], list[Claim]]
     draw: Callable[[Setting, Results, Path], None]
     table: Callable[[Setting, Results], str] | None = None
+    summary: Callable[[Setting, Results], list[str]] | None = None
+
+    @property
+    def heading(self) -> str:
+        """The title, and where in the paper."""
+        return f"{self.title} ({self.figure})" if self.figure else self.title

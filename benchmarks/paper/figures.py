@@ -1,9 +1,9 @@
-"""Figures in the style of the paper's: bars, and lines over generations, temperatures and sizes."""
+"""Figures: differences with their intervals, and lines over generations, temperatures and sizes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,39 +14,64 @@ from benchmarks.paper.experiment import METRICS, Results
 from benchmarks.paper.setting import Setting
 from benchmarks.paper.statistics import mean_interval
 from softlabels.metrics import ReliabilityCurve
-from softlabels.plotting import reliability_diagram
+from softlabels.plotting import BLUE, ORANGE, reliability_diagram
 
 DPI = 110
 
 
-def bars(setting: Setting, results: Results, path: Path, figure_name: str) -> None:
-    """Save a panel of bars with 95% intervals for accuracy, ECE and NLL on the test set."""
+def differences(
+    results: Results,
+    path: Path,
+    title: str,
+    labels: Sequence[str] | None = None,
+    metrics: Sequence[str] = ("accuracy", "ece", "nll", "kl"),
+    ink: str = "black",
+) -> None:
+    """Save, for each metric, how much each run differs from the first, with the 95% interval of the paired difference.
+
+    Args:
+        results: The records; the first label is what the others are compared with.
+        path: Where to; the ending decides the format. An SVG has no background.
+        title: Above the figure; may be empty.
+        labels: The runs to show; None is all but the first.
+        metrics: The metrics to show, of those that the runs have.
+        ink: Colour of text and lines.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    labels, metrics = results.labels, ("accuracy", "ece", "nll")
-    figure = Figure(figsize=(13, 1.2 + 0.36 * len(labels)), layout="constrained")
-    figure.suptitle(f"{figure_name}: {setting.describe()}")
-    for axes, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
-        means, halves = zip(*(mean_interval(results.values(label, metric)) for label in labels), strict=True)
-        halves = tuple(0.0 if math.isnan(half) else half for half in halves)
-        positions = range(len(labels))
-        axes.barh(positions, means, xerr=halves, color=[f"C{i % 10}" for i in positions], ecolor="0.3", capsize=3)
-        axes.set_yticks(positions, labels if metric == "accuracy" else [""] * len(labels))
-        axes.invert_yaxis()
-        axes.set_xlabel(METRICS[metric][0])
-        low = min(m - h for m, h in zip(means, halves, strict=True))
-        high = max(m + h for m, h in zip(means, halves, strict=True))
-        if metric == "accuracy":  # bars from 0 would hide every difference; the axis says where it starts
-            axes.set_xlim(max(low - 0.3 * (high - low) - 0.1, 0.0), min(high + 0.1 * (high - low) + 0.1, 100.0))
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=DPI)
+    baseline, labels = results.labels[0], results.labels[1:] if labels is None else labels
+    metrics = [metric for metric in metrics if results.has(metric)]
+    styles = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), ink)
+    with rc_context({**styles, "svg.hashsalt": "softlabels"}):
+        width = 0.2 + 0.08 * max(map(len, labels)) + 1.9 * len(metrics)
+        figure = Figure(figsize=(width, 1.3 + 0.3 * len(labels)), layout="constrained")
+        if title:
+            figure.suptitle(title)
+        panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+        for axes, metric in zip(panels, metrics, strict=True):
+            intervals = [mean_interval(results.difference(label, baseline, metric)) for label in labels]
+            for row, (mean, half) in enumerate(intervals):
+                half = 0.0 if math.isnan(half) else half
+                axes.errorbar(mean, row, xerr=half, fmt="o", color=BLUE, capsize=3, linewidth=2)
+            axes.axvline(0.0, color=ORANGE, linestyle="--", linewidth=1)
+            name, unit = METRICS[metric][0].partition(" (")[0], METRICS[metric][2]
+            level = mean_interval(results.values(baseline, metric))[0]
+            axes.set_title(f"{name}\n{level:.{METRICS[metric][1]}f} with\n{baseline}", fontsize="small")
+            axes.set_xlabel(f"{unit}, {'more' if metric == 'accuracy' else 'less'} is better", fontsize="small")
+            axes.locator_params(axis="x", nbins=4)
+            axes.set_yticks(range(len(labels)), labels)
+            axes.set_ylim(len(labels) - 0.5, -0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+        vector = path.suffix == ".svg"
+        figure.savefig(path, dpi=DPI, transparent=vector, metadata={"Date": None} if vector else None)
 
 
-def draw_bars(figure_name: str) -> Callable[[Setting, Results, Path], None]:
-    """Make what draws an experiment whose figure is bars alone."""
+def draw_differences(figure_name: str) -> Callable[[Setting, Results, Path], None]:
+    """Make what draws an experiment whose figure is differences alone."""
 
     def draw(setting: Setting, results: Results, folder: Path) -> None:
-        bars(setting, results, folder / "figure.png", figure_name)
+        differences(results, folder / "figure.png", f"{figure_name}: {setting.describe()}")
 
     return draw
 
@@ -58,13 +83,13 @@ Line = tuple[list[float], list[Any]]  # x, and labels of runs or lists of values
 class Panel:
     """A panel of lines: a metric, found at ``where`` in the records, or values under a heading of one's own.
 
-    ``flat`` is a line across: its name, labels of runs, and which of their means to show.
+    ``flat`` is a line across: its name, labels of runs, which of their means to show, and where in the records it is.
     """
 
     metric: str
     lines: Mapping[str, Line]
     where: tuple[str, ...] = ("test",)
-    flat: tuple[str, list[str], Callable[..., float]] | None = None
+    flat: tuple[str, list[str], Callable[..., float], tuple[str, ...]] | None = None
 
 
 def lines(
@@ -87,8 +112,8 @@ def lines(
             high = [m + h for m, h in zip(means, halves, strict=True)]
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         if panel.flat is not None:
-            name, labels, choose = panel.flat
-            level = choose(mean_interval(results.values(label, panel.metric, *panel.where))[0] for label in labels)
+            name, labels, choose, where = panel.flat
+            level = choose(mean_interval(results.values(label, panel.metric, *where))[0] for label in labels)
             axes.axhline(level, color="C2", linestyle="--", label=name)
         heading = METRICS[panel.metric][0] if panel.metric in METRICS else panel.metric
         axes.set_title(heading, fontsize="medium")
@@ -124,12 +149,14 @@ def reliability_diagrams(setting: Setting, results: Results, path: Path) -> None
     curves = pooled_curves(results)
     columns = min(len(curves), 4)
     rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(3.4 * columns, 3.7 * rows), layout="constrained")
+    figure = Figure(figsize=(3.4 * columns, 3.9 * rows + 0.3), layout="constrained")
     figure.suptitle(f"{setting.describe()}: predictions of all seeds together")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (label, curve) in zip(panels, curves.items(), strict=False):
-        reliability_diagram(curve, ax=axes, title=label)
-        axes.title.set_fontsize("medium")
+        reliability_diagram(curve, ax=axes)
+        axes.set_title(f"{label}\n{axes.get_title()}", fontsize="medium")
+        axes.get_legend().remove()  # over the bars of a network that is too unsure; one for all stands below
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     for axes in panels[len(curves) :]:
         axes.set_axis_off()
     figure.savefig(path, dpi=DPI)

@@ -13,6 +13,7 @@ from softlabels import tuning
 
 TRUE_CLASS = 0.85  # average soft-label value of the true class in every smoothing method (sec. 7.1)
 ALPHA = 0.6  # weight of the hard label in distillation (sec. 7.1)
+BETA_ALPHA = 0.4  # least share of the label in Beta smoothing
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def beta_smoothing(
     *,
     ema_decay: float,
     true_class: float = TRUE_CLASS,
-    alpha: float = 0.4,
+    alpha: float = BETA_ALPHA,
     ranking: str = "ema",
     rank_by: str = "max",
 ) -> Method:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.paper.data.dataset import Data, Normalise, Split, augment
-from softlabels import metrics
+from softlabels import metrics, tuning
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,38 @@ def predict(model: nn.Module, split: Split, normalise: Normalise, recipe: Recipe
     return torch.cat([model(formatted(normalise(images), recipe)) for images in batches])
 
 
-def evaluate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Every metric of the tables; accuracy and ECE in %, the others in nats."""
-    return {
+def evaluate(logits: Tensor, labels: Tensor, posterior: Tensor | None = None) -> dict[str, Any]:
+    """Every metric of the tables; accuracy and ECE in %, the others in nats.
+
+    Where the true posterior p of each sample is known: ``kl`` is the mean of KL(p || prediction); ``excess`` is the NLL
+    of the labels, which were drawn from p, less the mean entropy of p: what p itself would have on average over such
+    draws; ``limit`` is the accuracy of predicting the likeliest class of p.
+    """
+    found = {
         "accuracy": 100.0 * (logits.argmax(1) == labels).double().mean().item(),
         "ece": 100.0 * metrics.calibration_error(logits, labels).item(),
         "nll": nn.functional.cross_entropy(logits.double(), labels).item(),
         "uncertainty": metrics.average_predictive_uncertainty(logits).item(),
         "diversity": metrics.confidence_diversity(logits, labels).item(),
     }
+    if posterior is not None:
+        entropy = torch.special.entr(posterior).sum(1).mean()
+        cross_entropy = nn.functional.cross_entropy(logits.double(), posterior)
+        found["kl"] = (cross_entropy - entropy).item()
+        found["excess"] = found["nll"] - entropy.item()
+        found["limit"] = 100.0 * (posterior.argmax(1) == labels).double().mean().item()
+    return found
+
+
+def temperature_scaled(
+    logits: Tensor, split: Split, validation_logits: Tensor, validation: Split
+) -> dict[str, Any] | None:
+    """Temperature scaling (Guo et al., 2017): the metrics at the temperature that fits the validation set best.
+
+    None where no temperature is best, as where every validation label has the largest logit.
+    """
+    try:
+        temperature = tuning.fit_temperature(validation_logits.double(), validation.labels)
+    except ValueError:
+        return None
+    return {"temperature": temperature, **evaluate(logits / temperature, split.labels, split.posterior)}

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import softlabels
 from benchmarks.paper import models
-from benchmarks.paper.data import Data, DataSpec, load, train_size
+from benchmarks.paper.data import Data, DataSpec, load, shape, train_size
 from benchmarks.paper.methods import Method, Task, make_criterion
 from benchmarks.paper.models import ModelSpec
-from benchmarks.paper.recipe import Recipe, evaluate, predict, train
+from benchmarks.paper.recipe import Recipe, evaluate, predict, temperature_scaled, train
 from benchmarks.provenance import hardware, versions
 from softlabels.metrics import reliability_curve
 
@@ -51,6 +51,12 @@ class Run:
             raise ValueError(
                 f"batch_size={self.recipe.batch_size} is more than the {samples:,} training samples of {self.data.name}"
             )
+        if shape(self.data)[2]:
+            if self.model.name not in models.FLAT:
+                known, given = ", ".join(models.FLAT), self.model.name
+                raise ValueError(f"model must be one of {known} on {self.data.name}, got {given}")
+            if self.recipe.padding or self.recipe.flip:
+                raise ValueError(f"padding and flip are for pictures, not for {self.data.name}")
 
     def describe(self, with_seed: bool = True) -> str:
         """Name the run in a message."""
@@ -72,7 +78,10 @@ class Run:
     @functools.cached_property
     def key(self) -> str:
         """Hash of the configuration."""
-        text = json.dumps(self.config(), sort_keys=True)
+        config = self.config()
+        if not self.data.label_noise:  # which older runs did not have
+            del config["data"]["label_noise"]
+        text = json.dumps(config, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -104,7 +113,7 @@ def execute(
     Raises:
         ValueError: the data set is another than expected.
     """
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     data, digest = _data(run.data, folder, cache, run.device)
     if digest != (expected or digest):
         raise ValueError(f"{run.data.name} has the digest {digest} on {platform.node()}, and should have {expected}")
@@ -123,14 +132,14 @@ def execute(
     torch.manual_seed(run.seed)  # whatever the model and its teacher drew, methods draw the same
     epochs = train(model, criterion, data, run.recipe, run.seed, on_epoch)
     weights = _weights(model) if save else None
-    logits = {name: predict(model, getattr(data, name), data.normalise, run.recipe) for name in ("train", "validation")}
-    test = predict(model, data.test, data.normalise, run.recipe)
-    curve = vars(reliability_curve(test, data.test.labels))
+    splits = {name: getattr(data, name) for name in ("train", "validation", "test")}
+    logits = {name: predict(model, split, data.normalise, run.recipe) for name, split in splits.items()}
+    curve = vars(reliability_curve(logits["test"], data.test.labels))
     del curve["weight"]  # every prediction counts once
-    metrics = {
-        **{name: evaluate(values, getattr(data, name).labels) for name, values in logits.items()},
-        "test": evaluate(test, data.test.labels),
+    metrics: dict[str, Any] = {
+        name: evaluate(logits[name], split.labels, split.posterior) for name, split in splits.items()
     }
+    metrics["scaled"] = temperature_scaled(logits["test"], data.test, logits["validation"], data.validation)
     details = {
         "curve": {name: values.tolist() for name, values in curve.items()},
         "soft_labels": _soft_labels(criterion, task),
@@ -143,6 +152,7 @@ def execute(
         **_finite(details, digits=6),
         "data_digest": digest,
         "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - cpu_start, 2),
         "versions": versions(),
         "hardware": hardware(run.device),
     }
@@ -156,7 +166,7 @@ def _weights(model: nn.Module) -> Weights:
 
 
 def _make(run: Run, data: Data) -> nn.Module:
-    model = models.make(run.model, data.num_classes, data.channels).to(run.device)
+    model = models.make(run.model, data.num_classes, data.channels, data.flat).to(run.device)
     return model.to(memory_format=torch.channels_last) if run.recipe.channels_last else model
 
 

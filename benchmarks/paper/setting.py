@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.paper.data import DataSpec, train_size
-from benchmarks.paper.methods import ALPHA, TRUE_CLASS, Method, beta_smoothing, cross_entropy
+from benchmarks.paper.methods import ALPHA, BETA_ALPHA, TRUE_CLASS, Method, beta_smoothing, cross_entropy
 from benchmarks.paper.models import ModelSpec
 from benchmarks.paper.recipe import Recipe
 from benchmarks.paper.runs import TEACHER_SEED, Run
@@ -35,6 +35,9 @@ class Setting:
         beta_alphas: Least weights of the true class in Fig. 7, beside the 0.4 of the others; may be empty.
         prunes: Shares of the classes that are pruned in Fig. 9.
         true_classes: Average shares of the true class in Fig. 3, beside the 0.85 of all others; may be empty.
+        shares: Average shares of the true class to choose from in ``tuned``, rising.
+        student_shares: Those of self-distillation, whose hard label has 0.6 of its own, and whose teacher is right on
+            a part of the training set only.
     """
 
     data: DataSpec
@@ -54,6 +57,8 @@ class Setting:
     beta_alphas: tuple[float, ...] = (0.2, 0.6)
     prunes: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
     true_classes: tuple[float, ...] = (0.95,)
+    shares: tuple[float, ...] = (0.5, 0.65, 0.75, 0.85, 0.92, 0.98)
+    student_shares: tuple[float, ...] = (0.65, 0.75, 0.85, 0.9)
 
     def __post_init__(self) -> None:
         """Check the numbers of runs and the grids."""
@@ -68,7 +73,11 @@ class Setting:
             )
         if not all(0 <= alpha < TRUE_CLASS for alpha in self.beta_alphas):
             raise ValueError(f"beta_alphas must be from 0 to below {TRUE_CLASS}, got {_listed(self.beta_alphas)}")
-        grids = {"temperatures": 3, "fractions": 2, "weight_decays": 2, "student_temperatures": 1, "prunes": 1}
+        for name, low in (("shares", BETA_ALPHA), ("student_shares", ALPHA)):
+            if not all(low < share < 1 for share in getattr(self, name)):
+                raise ValueError(f"{name} must be above {low} and below 1, got {_listed(getattr(self, name))}")
+        grids = {"shares": 2, "student_shares": 2}
+        grids |= {"temperatures": 3, "fractions": 2, "weight_decays": 2, "student_temperatures": 1, "prunes": 1}
         for name, least in grids.items():
             grid, got = getattr(self, name), _listed(getattr(self, name))
             if len(grid) < least or list(grid) != sorted(set(grid)) or not all(0 < x < math.inf for x in grid):
@@ -101,6 +110,8 @@ class Setting:
             data += f" ({self.data.pairs:,} of {self.data.size} x {2 * self.data.size})"
         if self.data.train_size is not None:
             data += f" ({self.data.train_size:,} samples)"
+        if self.data.label_noise:
+            data += f" ({100 * self.data.label_noise:g}% of the training labels replaced)"
         model = self.model.name if self.model.width is None else f"{self.model.name} of width {self.model.width}"
         seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
         return f"{data}, {model}, {self.recipe.epochs} epochs, {seeds}"
@@ -125,12 +136,13 @@ def preset(
     Args:
         name: ``"smoke"``: everything in a few minutes, numbers without meaning. ``"laptop"``: minutes to an hour on
             two cores. ``"gpu"``: an hour or a few on one accelerator. ``"paper"``: the paper's recipe in full.
-        dataset: None is what the preset is made for: digits (smoke, laptop), fashion-pairs (gpu), CIFAR-100 (paper).
+        dataset: None is what the preset is made for: digits (smoke), words (laptop), fashion-pairs (gpu), CIFAR-100
+            (paper).
         model: None is the preset's network for the data set.
         other_model: The second network of cross-distillation; None is the preset's.
         size: Of images in a folder of one's own.
     """
-    dataset = dataset or {"gpu": "fashion-pairs", "paper": "cifar100"}.get(name, "digits")
+    dataset = dataset or {"laptop": "words", "gpu": "fashion-pairs", "paper": "cifar100"}.get(name, "digits")
     large = dataset == "cub200"
     networks = {
         "smoke": ("resnet8", "densenet10"),
@@ -142,6 +154,10 @@ def preset(
         networks = ("resnet34-imagenet", "resnet18-imagenet")
     first, second = model or networks[0], other_model or networks[1]
     width = 8 if name == "smoke" else None
+    words = dataset == "words"
+    if words:  # the second network must be one for words too, and the narrow ones take seconds
+        second = other_model or {"resnet8": "resnet18"}.get(first, "resnet8")
+        width = 24 if name == "laptop" else width
     common: dict[str, Any] = {
         "model": ModelSpec(first, width),
         "recipe": _recipe(name, dataset, first),
@@ -156,7 +172,8 @@ def preset(
     data = DataSpec(dataset, pairs=6_000, size=14) if pairs else DataSpec(dataset, size=size)
     if name == "laptop":
         fewer = {"seeds": 3, "prunes": (0.5, 0.9)}  # two to five minutes a run
-        return Setting(data, **common, **(fewer if pairs else {}))
+        many = {"seeds": 8, "true_classes": ()}  # the least that may decide, and no strength that is not needed
+        return Setting(data, **common, **(fewer if pairs else many if words else {}))
     return Setting(
         data if dataset == "digits" else replace(data, train_size=min(1_000, train_size(data))),
         **common,
@@ -182,6 +199,8 @@ def _recipe(preset_name: str, dataset: str, model: str) -> Recipe:
         return replace(published, epochs=100, bf16=True, compile=True)
     if preset_name == "smoke":
         return Recipe(epochs=8, batch_size=32)
+    if dataset == "words":  # few epochs, most of them at the full learning rate: over-confident in ten seconds
+        return Recipe(epochs=12, milestones=(0.6, 0.85))
     if dataset == "digits":
         return Recipe(epochs=20, batch_size=64)
     if dataset == "fashion-pairs":  # without shifts the small network fits its pairs, as the paper's networks do

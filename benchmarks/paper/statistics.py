@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from scipy import stats
 
 Verdict = Literal["holds", "contradicted", "undecided"]
 
 CONFIDENCE = 0.95
+LEAST_SEEDS = 8  # fewer decide nothing: their spread is a guess, and another machine gives another
 POWER = 0.8  # probability with which the number of seeds that is asked for would decide
 MOST_SEEDS = 1000
 
@@ -32,9 +33,14 @@ def deviation(values: list[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def _simultaneous(parts: int) -> float:
-    """Confidence at which each of several intervals must be taken for all to be right in 95% of cases."""
-    return 1 - (1 - CONFIDENCE) / parts
+def holm(p_values: list[float]) -> list[float]:
+    """Adjust the p-values of several tests (Holm, 1979), so that any is below 0.05 by chance in at most 5% of cases."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min((len(p_values) - place) * p_values[index], 1.0))
+        adjusted[index] = largest
+    return adjusted
 
 
 def slope(x: list[float], y: list[float]) -> float:
@@ -82,48 +88,49 @@ class Part:
     unit: str = "points"
     margin: float = 0.0
 
-    def verdict(self, parts: int = 1) -> Verdict:
+    def p_value(self) -> float:
+        """Two-sided t-test of a mean of ``-margin``; 1 where one value, or all the same, says nothing."""
+        n, mean = len(self.values), mean_interval(self.values)[0] + self.margin
+        if n == 1 or not math.isfinite(mean) or self.all_the_same():
+            return 1.0
+        return float(2 * stats.t.sf(abs(mean) / deviation(self.values) * math.sqrt(n), n - 1))
+
+    def verdict(self, p: float | None = None) -> Verdict:
         """Test the inequality.
 
-        *holds*: the 95% interval of the mean lies above ``-margin``. *contradicted*: the interval of
-        1 - 0.05 / ``parts`` lies below it, so that among the several parts of a claim chance contradicts one in at
-        most 5% of cases. Values that are all the same have no interval and decide nothing.
+        *holds*: the mean is above ``-margin``, and ``p``, by default the p-value of this part alone, is below 0.05.
+        *contradicted*: it is below, with such a ``p``. Fewer than 8 seeds decide nothing.
         """
-        mean, half = mean_interval(self.values)
-        if self.all_the_same():
+        p = self.p_value() if p is None else p
+        if len(self.values) < LEAST_SEEDS or not p < 1 - CONFIDENCE:
             return "undecided"
-        wide = mean_interval(self.values, _simultaneous(parts))[1]
-        if mean - half > -self.margin:
-            return "holds"
-        if mean + wide < -self.margin:
-            return "contradicted"
-        return "undecided"
+        return "holds" if mean_interval(self.values)[0] > -self.margin else "contradicted"
 
     def all_the_same(self) -> bool:
         """Tell whether the values agree, which those of a metric with few digits may do by chance."""
         return len(self.values) > 1 and max(self.values) - min(self.values) <= 1e-9 * max(map(abs, self.values))
 
     def seeds(self, parts: int = 1) -> int | None:
-        """Give the seeds that would decide (None: more than 1000, or nothing is known of the spread)."""
+        """Give the seeds that would decide one of so many parts (None: more than 1000, or nothing is known)."""
         mean = mean_interval(self.values)[0] + self.margin
         if len(self.values) == 1 or not math.isfinite(mean):
             return None
-        needed = seeds_to_decide(mean, deviation(self.values), CONFIDENCE if mean > 0 else _simultaneous(parts))
-        return None if needed is None else max(needed, len(self.values) + 1)
+        needed = seeds_to_decide(mean, deviation(self.values), 1 - (1 - CONFIDENCE) / parts)
+        return None if needed is None else max(needed, len(self.values) + 1, LEAST_SEEDS)
 
-    def describe(self, parts: int = 1) -> str:
-        """Say the mean, its interval and the verdict."""
+    def describe(self, p: float | None = None, parts: int = 1) -> str:
+        """Say the mean, its 95% interval, ``p`` and the verdict."""
+        p = self.p_value() if p is None else p
         mean, half = mean_interval(self.values)
-        if mean + half < -self.margin:
-            half = mean_interval(self.values, _simultaneous(parts))[1]
         interval = "" if math.isnan(half) else f" ± {half:.2g}"
         margin = f" (no harm: above {-self.margin:g})" if self.margin else ""
-        return f"{self.text}: {mean:+.3g}{interval} {self.unit}{margin}: {self.verdict(parts)}{self.hint(parts)}"
+        level = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+        verdict = self.verdict(p)
+        hint = self.hint(parts) if verdict == "undecided" else ""
+        return f"{self.text}: {mean:+.3g}{interval} {self.unit}{margin}, {level}: {verdict}{hint}"
 
     def hint(self, parts: int = 1) -> str:
         """Say how many seeds would decide what is undecided."""
-        if self.verdict(parts) != "undecided":
-            return ""
         if not all(math.isfinite(value) for value in self.values):
             return ", since a value is not finite"
         if len(self.values) == 1:
@@ -142,11 +149,11 @@ class Identity:
     deviation: float
     tolerance: float
 
-    def verdict(self, parts: int = 1) -> Verdict:
+    def verdict(self) -> Verdict:
         """Compare with the tolerance."""
         return "holds" if self.deviation <= self.tolerance else "contradicted"
 
-    def describe(self, parts: int = 1) -> str:
+    def describe(self) -> str:
         """Say the deviation, the tolerance and the verdict."""
         return f"{self.text}: off by {self.deviation:.1e} (tolerance {self.tolerance:g}): {self.verdict()}"
 
@@ -155,24 +162,35 @@ class Identity:
 class Claim:
     """A claim *holds* if all of its parts do, is *contradicted* if one of them is, and else is *undecided*.
 
-    Where the ``premise`` does not hold, there is nothing to decide.
+    Its parts are several tests, and their p-values are adjusted for that. Where the ``premise`` does not hold, there is
+    nothing to decide.
     """
 
     name: str
     text: str
-    parts: list[Part | Identity]
+    parts: list[Part] | list[Identity]
     premise: Part | None = None
 
     def verdict(self) -> Verdict:
         """Decide the claim."""
         if self.premise is not None and self.premise.verdict() != "holds":
             return "undecided"
-        verdicts = [part.verdict(len(self.parts)) for part in self.parts]
+        verdicts = self.verdicts()
         if "contradicted" in verdicts:
             return "contradicted"
         return "holds" if verdicts and all(verdict == "holds" for verdict in verdicts) else "undecided"
 
+    def verdicts(self) -> list[Verdict]:
+        """Decide each part."""
+        return [part.verdict(*p) for part, *p in self._tests()]
+
     def describe(self) -> list[str]:
         """One line per part."""
-        lines = [part.describe(len(self.parts)) for part in self.parts]
+        lines = [part.describe(*p, *([len(self.parts)] if p else [])) for part, *p in self._tests()]
         return lines if self.premise is None else [f"premise: {self.premise.describe()}", *lines]
+
+    def _tests(self) -> list[tuple[Any, ...]]:
+        """Each part with its adjusted p-value, if it is a test."""
+        if any(isinstance(part, Identity) for part in self.parts):
+            return [(part,) for part in self.parts]
+        return list(zip(self.parts, holm([part.p_value() for part in self.parts]), strict=True))

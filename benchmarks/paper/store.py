@@ -40,8 +40,9 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
                 for part in parts:
                     record[field][part]
                 record[field]
+            record["data"].setdefault("label_noise", 0.0)  # which older runs did not have
             records[record["key"]] = record
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}, line {number}, is no record of a run ({what}); remove it") from None
     return records

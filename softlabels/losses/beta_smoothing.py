@@ -246,6 +246,8 @@ class BetaSmoothingLoss(AttachableLoss):
             self.learned_spread.record(own, everyone, index)
         return loss
 
+    __call__ = called_as(forward)
+
     def concentration_for(self, num_classes: int) -> float:
         """The parameter $a$ of Beta(a, 1) for this number of classes; infinity where nothing is smoothed.
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.paper.data import cifar, fashion, image_folders
-from benchmarks.paper.data.dataset import Data, Split, hold_out, inner
+from benchmarks.paper.data.dataset import Data, Split, hold_out, inner, with_noise
 from benchmarks.paper.data.digits import digits
 from benchmarks.paper.data.hub import HubName, read_hub
+from benchmarks.paper.data.words import LANGUAGES, LETTERS, TRAIN, words
 from benchmarks.paper.store import write_whole
 
 
@@ -31,12 +32,14 @@ class DataSpec:
         train_size: Use only so many of the training samples, always the first of the same order; None is all.
         pairs: Number of training and validation pairs of fashion-pairs; None for every other data set.
         size: Height of its images, and half their width. Of a folder of one's own: height and width. Else None.
+        label_noise: Share of the training labels that are replaced, each by any of the other classes.
     """
 
     name: str
     train_size: int | None = None
     pairs: int | None = None
     size: int | None = None
+    label_noise: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -53,6 +56,8 @@ class DataSpec:
                 raise ValueError(f"size must divide 28, got {self.size}")
             if self.pairs < 10:
                 raise ValueError(f"pairs must be at least 10, got {self.pairs}")
+        if not 0 <= self.label_noise < 1:
+            raise ValueError(f"label_noise must be at least 0 and below 1, got {self.label_noise}")
         most = _train_size(self)
         if self.train_size is not None and not 0 < self.train_size <= most:
             raise ValueError(f"train_size must be from 1 to {most:,} for {self.name}, got {self.train_size}")
@@ -143,7 +148,34 @@ SOURCES = {
         slow=True,
     ),
 }
-DATASETS = ("digits", "fashion-pairs", *SOURCES)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A data set that comes with a package.
+
+    Args:
+        num_classes: Number of classes.
+        train: Number of training samples.
+        channels: Channels of its images.
+        make: Makes the three splits.
+        package: What must be installed, by the name that it is imported under.
+        flat: Whether its images have height 1.
+    """
+
+    num_classes: int
+    train: int
+    channels: int
+    make: Callable[[], Data]
+    package: str
+    flat: bool = False
+
+
+EMBEDDED = {
+    "words": Embedded(len(LANGUAGES), TRAIN, len(LETTERS), words, "wordfreq", flat=True),
+    "digits": Embedded(10, 810, 1, digits, "sklearn"),
+}
+DATASETS = (*EMBEDDED, "fashion-pairs", *SOURCES)
 
 
 def own_folder(folder: Path, size: int) -> str:
@@ -186,17 +218,19 @@ def train_size(spec: DataSpec) -> int:
 
 
 def _train_size(spec: DataSpec) -> int:
-    if spec.name == "digits":
-        return 810
+    if spec.name in EMBEDDED:
+        return EMBEDDED[spec.name].train
     total = SOURCES[spec.name].train if spec.pairs is None else spec.pairs
     return total - total // 10
 
 
-def shape(spec: DataSpec) -> tuple[int, int]:
-    """Numbers of classes and of channels, without reading anything."""
+def shape(spec: DataSpec) -> tuple[int, int, bool]:
+    """Numbers of classes and of channels, and whether images have height 1, without reading anything."""
     if spec.name in SOURCES:
-        return SOURCES[spec.name].num_classes, SOURCES[spec.name].shape[0]
-    return {"digits": 10, "fashion-pairs": 100}[spec.name], 1
+        return SOURCES[spec.name].num_classes, SOURCES[spec.name].shape[0], False
+    if spec.name in EMBEDDED:
+        return EMBEDDED[spec.name].num_classes, EMBEDDED[spec.name].channels, EMBEDDED[spec.name].flat
+    return 100, 1, False
 
 
 def decoded_bytes(name: str) -> int:
@@ -220,8 +254,8 @@ def load(spec: DataSpec, folder: Path | None = None, cache: Path | None = None) 
         FileNotFoundError: it is not there; the message says how to get it.
         ValueError: it is there, but its size, shape or classes are not those of the data set.
     """
-    if spec.name == "digits":
-        data = digits()
+    if spec.name in EMBEDDED:
+        data = EMBEDDED[spec.name].make()
     elif spec.name == "fashion-pairs":
         data = fashion.fashion_pairs(*_splits("fashion-mnist", folder, cache), spec.pairs, spec.size)
     else:
@@ -232,6 +266,8 @@ def load(spec: DataSpec, folder: Path | None = None, cache: Path | None = None) 
         data = Data(source.num_classes, *hold_out(train), test, padding=source.padding, flip=True)
     if spec.train_size is not None:
         data = replace(data, train=data.train.take(slice(spec.train_size)))
+    if spec.label_noise:
+        data = replace(data, train=with_noise(data.train, data.num_classes, spec.label_noise))
     return data
 
 

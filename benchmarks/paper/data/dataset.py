@@ -14,10 +14,14 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, channels, height, width) as uint8 and their labels (N,) as int64."""
+    """Images (N, channels, height, width) as uint8 and their labels (N,) as int64.
+
+    ``posterior`` is the true probability of each class (N, classes) in float64, where it is known.
+    """
 
     images: Tensor
     labels: Tensor
+    posterior: Tensor | None = None
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -25,7 +29,14 @@ class Split:
 
     def take(self, index: Tensor | slice) -> Split:
         """Take some of the samples."""
-        return Split(self.images[index], self.labels[index])
+        return Split(*(None if values is None else values[index] for values in self._tensors()))
+
+    def to(self, device: str) -> Split:
+        """Move it to a device."""
+        return Split(*(None if values is None else values.to(device) for values in self._tensors()))
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.images, self.labels, self.posterior
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,11 @@ class Data:
         """Channels of the images."""
         return self.train.images.shape[1]
 
+    @property
+    def flat(self) -> bool:
+        """Whether images have height 1."""
+        return self.train.images.shape[2] == 1
+
     @functools.cached_property
     def normalise(self) -> Normalise:
         """What normalises the images of every split, by the statistics of the training images."""
@@ -57,17 +73,14 @@ class Data:
         """Hash of the bytes of every split."""
         hashed = hashlib.sha256()
         for split in (self.train, self.validation, self.test):
-            hashed.update(split.images.contiguous().numpy())
-            hashed.update(split.labels.contiguous().numpy())
+            for values in (split.images, split.labels, split.posterior):
+                if values is not None:
+                    hashed.update(values.contiguous().numpy())
         return hashed.hexdigest()[:16]
 
     def to(self, device: str) -> Data:
         """Move every split to a device."""
-        move = {
-            name: Split(getattr(self, name).images.to(device), getattr(self, name).labels.to(device))
-            for name in ("train", "validation", "test")
-        }
-        return replace(self, **move)
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("train", "validation", "test")})
 
 
 def inner(folder: Path, name: str) -> Path:
@@ -80,6 +93,15 @@ def hold_out(split: Split, count: int | None = None) -> tuple[Split, Split]:
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     count = len(split) // 10 if count is None else count
     return split.take(order[count:]), split.take(order[:count])
+
+
+def with_noise(split: Split, num_classes: int, share: float) -> Split:
+    """Replace the labels of a share of the samples, drawn always in the same way, each by one of the other classes."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = torch.randperm(len(split), generator=generator)[: round(share * len(split))]
+    labels = split.labels.clone()
+    labels[wrong] = (labels[wrong] + torch.randint(1, num_classes, (len(wrong),), generator=generator)) % num_classes
+    return replace(split, labels=labels)
 
 
 class Normalise:

@@ -14,6 +14,7 @@ from benchmarks.paper.experiments import (
     student_scaling,
     temperature,
     train_size,
+    tuned,
     weight_decay,
 )
 
@@ -29,4 +30,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "pruned": pruned.EXPERIMENT,
     "sample-weights": sample_weights.EXPERIMENT,
     "analytic": analytic.EXPERIMENT,
+    "tuned": tuned.EXPERIMENT,
 }

@@ -67,5 +67,5 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
 
 
 EXPERIMENT = Experiment(
-    "What the ranking of Beta smoothing is worth", "Fig. 7", plan, claims, figures.draw_bars("Fig. 7")
+    "What the ranking of Beta smoothing is worth", "Fig. 7", plan, claims, figures.draw_differences("Fig. 7")
 )

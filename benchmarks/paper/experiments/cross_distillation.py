@@ -57,4 +57,4 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
     return [Claim("C11", "A better teacher makes a better student", parts, premise)]
 
 
-EXPERIMENT = Experiment("Cross-distillation", "Fig. 8", plan, claims, figures.draw_bars("Fig. 8"))
+EXPERIMENT = Experiment("Cross-distillation", "Fig. 8", plan, claims, figures.draw_differences("Fig. 8"))

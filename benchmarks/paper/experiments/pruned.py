@@ -41,4 +41,4 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
     return decided
 
 
-EXPERIMENT = Experiment("Pruned distillation", "Fig. 9", plan, claims, figures.draw_bars("Fig. 9"))
+EXPERIMENT = Experiment("Pruned distillation", "Fig. 9", plan, claims, figures.draw_differences("Fig. 9"))

@@ -57,4 +57,6 @@ def table(setting: Setting, results: Results) -> str:
     )
 
 
-EXPERIMENT = Experiment("The sample weights of Eq. 9", "sec. 5.2", plan, claims, figures.draw_bars("sec. 5.2"), table)
+EXPERIMENT = Experiment(
+    "The sample weights of Eq. 9", "sec. 5.2", plan, claims, figures.draw_differences("sec. 5.2"), table
+)

@@ -64,7 +64,8 @@ def draw(setting: Setting, results: Results, folder: Path) -> None:
         for scaled in (TEACHER_ONLY, BOTH)
         for alpha in setting.student_alphas
     }
-    panels = [figures.Panel(metric, lines, ("test",), flat=("teacher", [CE], max)) for metric in ("accuracy", "ece")]
+    flat = ("teacher", [CE], max, ("test",))
+    panels = [figures.Panel(metric, lines, ("test",), flat=flat) for metric in ("accuracy", "ece")]
     figures.lines(setting, results, panels, folder / "figure.png", "Fig. 4", "temperature T")
 
 

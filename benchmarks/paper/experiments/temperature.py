@@ -82,8 +82,8 @@ def draw(setting: Setting, results: Results, folder: Path) -> None:
     generations = [sequential.generation(number) for number in range(1, setting.generations + 1)]
     students, teachers = {"student": line}, {"teacher": line}
     panels = [
-        figures.Panel("accuracy", students, ("test",), flat=("best generation at T = 1", generations, max)),
-        figures.Panel("nll", students, ("test",), flat=("best generation at T = 1", generations, min)),
+        figures.Panel("accuracy", students, ("test",), flat=("best generation at T = 1", generations, max, ("test",))),
+        figures.Panel("nll", students, ("test",), flat=("best generation at T = 1", generations, min, ("test",))),
         figures.Panel("uncertainty", teachers, TEACHER),
         figures.Panel("diversity", teachers, TEACHER),
     ]

@@ -26,6 +26,7 @@ MODELS: dict[str, tuple[Maker, int]] = {
     "densenet40": (functools.partial(DenseNet, 40), 12),
     "densenet100": (functools.partial(DenseNet, 100), 12),
 }
+FLAT = ("resnet8", "resnet20", "resnet56", "resnet18", "resnet34")  # those that also exist for images of height 1
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ class ModelSpec:
             raise ValueError(f"width must be at least 1, got {self.width}")
 
 
-def make(spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
-    """Build a network with fresh weights from torch's default generator."""
+def make(spec: ModelSpec, num_classes: int, channels: int, flat: bool = False) -> nn.Module:
+    """Build a network with fresh weights from torch's default generator; ``flat``: for images of height 1."""
     maker, width = MODELS[spec.name]
-    return maker(num_classes=num_classes, channels=channels, width=width if spec.width is None else spec.width)
+    options = {"flat": True} if flat else {}
+    return maker(
+        num_classes=num_classes, channels=channels, width=width if spec.width is None else spec.width, **options
+    )

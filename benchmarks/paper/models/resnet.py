@@ -1,9 +1,15 @@
-"""The residual networks of He et al. (2016), with a stem for small images or for ImageNet."""
+"""The residual networks of He et al. (2016), with a stem for small images or for ImageNet, in two dimensions or one."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+def three(channels_in: int, channels: int, stride: int, flat: bool) -> nn.Conv2d:
+    """Make a 3x3 convolution that keeps height and width at stride 1, or a 1x3 convolution for images of height 1."""
+    size, padding = ((1, 3), (0, 1)) if flat else (3, 1)
+    return nn.Conv2d(channels_in, channels, size, stride, padding, bias=False)
 
 
 class ZeroPadding(nn.Module):
@@ -27,13 +33,13 @@ class Projection(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """Two 3x3 convolutions, or 1x3 where images are ``flat``, and a shortcut."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int, shortcut: type[nn.Module]) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, shortcut: type[nn.Module], flat: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.conv1 = three(channels_in, channels, stride, flat)
         self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.conv2 = three(channels, channels, 1, flat)
         self.norm2 = nn.BatchNorm2d(channels)
         changes = stride != 1 or channels_in != channels
         self.shortcut = shortcut(channels_in, channels, stride) if changes else nn.Identity()
@@ -54,6 +60,10 @@ class ResNet(nn.Module):
         width: Channels of the first stage.
         imagenet_stem: Open with a 7x7 convolution and a maximum, both of stride 2, instead of one 3x3 convolution.
         shortcut: What a block adds where its shape changes.
+        flat: For images of height 1, such as words: every 3x3 convolution is 1x3.
+
+    Raises:
+        ValueError: ``flat`` with the stem for ImageNet.
     """
 
     def __init__(
@@ -64,9 +74,12 @@ class ResNet(nn.Module):
         width: int = 64,
         imagenet_stem: bool = False,
         shortcut: type[nn.Module] = Projection,
+        flat: bool = False,
     ) -> None:
         super().__init__()
-        first = nn.Conv2d(channels, width, *((7, 2, 3) if imagenet_stem else (3, 1, 1)), bias=False)
+        if flat and imagenet_stem:
+            raise ValueError("the stem for ImageNet is not for images of height 1")
+        first = nn.Conv2d(channels, width, 7, 2, 3, bias=False) if imagenet_stem else three(channels, width, 1, flat)
         self.stem = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         if imagenet_stem:
             self.stem.append(nn.MaxPool2d(3, 2, 1))
@@ -74,7 +87,7 @@ class ResNet(nn.Module):
         channels_in = width
         for stage, count in enumerate(blocks):
             for block in range(count):
-                stages.append(Block(channels_in, width * 2**stage, 2 if stage and not block else 1, shortcut))
+                stages.append(Block(channels_in, width * 2**stage, 2 if stage and not block else 1, shortcut, flat))
                 channels_in = width * 2**stage
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(channels_in, num_classes)
@@ -95,9 +108,10 @@ class CIFARResNet(ResNet):
         num_classes: Size of the output.
         channels: Channels of the images.
         width: Channels of the first stage.
+        flat: For images of height 1: every 3x3 convolution is 1x3.
     """
 
-    def __init__(self, depth: int, num_classes: int, channels: int = 3, width: int = 16) -> None:
+    def __init__(self, depth: int, num_classes: int, channels: int = 3, width: int = 16, flat: bool = False) -> None:
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), got {depth}")
-        super().__init__(((depth - 2) // 6,) * 3, num_classes, channels, width, shortcut=ZeroPadding)
+        super().__init__(((depth - 2) // 6,) * 3, num_classes, channels, width, shortcut=ZeroPadding, flat=flat)

@@ -43,7 +43,11 @@ ROOT = Path(__file__).parents[3]
         (["--student-alphas", "2"], "student_alphas must be 1 or more numbers from 0 to 1, got 2"),
         (["--beta-alphas", "0.9"], "beta_alphas must be from 0 to below 0.85, got 0.9"),
         (["--true-classes", "0.3"], "true_classes must be above 0.6, below 1 and not 0.85, got 0.3"),
-        (["--data-dir", "somewhere"], "--data-dir is for data sets of files; digits is embedded in scikit-learn"),
+        (["--data-dir", "somewhere"], "--data-dir is for data sets of files; digits comes with a package"),
+        (["--label-noise", "1"], "label_noise must be at least 0 and below 1, got 1.0"),
+        (["--dataset", "words", "--padding", "1"], "padding and flip are for pictures, not for words"),
+        (["--dataset", "words", "--flip"], "padding and flip are for pictures, not for words"),
+        (["--dataset", "words", "--model", "densenet40"], "model must be one of resnet8, resnet20, resnet56, resnet18"),
         (["--scheduler", "nowhere", "--workers", "2"], "--workers is for processes of this machine"),
         (["--scheduler", "nowhere"], "must be an address like tcp://host:8786 or a scheduler file, got nowhere"),
     ],
@@ -55,25 +59,28 @@ def test_numbers_out_of_range_are_refused_by_name(arguments, message, tmp_path, 
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["distributed", "matplotlib", "sklearn", "tqdm"])
-def test_an_extra_that_is_missing_is_named_at_the_start(module, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "dataset"),
+    [*((module, "words") for module in ("distributed", "matplotlib", "tqdm", "wordfreq")), ("sklearn", "digits")],
+)
+def test_an_extra_that_is_missing_is_named_at_the_start(module, dataset, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else find(name))
     with pytest.raises(SystemExit):
-        command.main(["comparison", "--out", str(tmp_path)])
+        command.main(["comparison", "--dataset", dataset, "--out", str(tmp_path)])
     assert f"{module} must be installed: pip install -e '.[benchmarks]'" in capsys.readouterr().err
 
 
 def test_help_and_checks_need_no_extra():
     """Nothing but torch and the package is imported before it is known that the rest is there."""
     script = (
-        "import sys\nfor name in ('distributed', 'matplotlib', 'sklearn', 'tqdm', 'PIL'): sys.modules[name] = None"
+        "import sys\nfor name in ('distributed', 'matplotlib', 'wordfreq', 'tqdm', 'PIL'): sys.modules[name] = None"
         "\nfrom benchmarks.paper.__main__ import main\nmain(['comparison'])"
     )
     done = run(["-c", script], ROOT)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].endswith(
-        "distributed, matplotlib, tqdm, sklearn must be installed: pip install -e '.[benchmarks]'"
+        "distributed, matplotlib, tqdm, wordfreq must be installed: pip install -e '.[benchmarks]'"
     )
 
 
@@ -156,6 +163,18 @@ def test_the_page_says_what_a_dry_run_says(tmp_path, capsys):
         assert f"decoded images {images}" in printed if images else "decoded images" not in printed
 
 
+def test_the_first_line_says_what_will_run_and_how_long(made_up, capsys):
+    out, record = made_up
+    store = Store(out, read_only=True)
+    runs = [EXPERIMENTS["pruned"].plan(preset("smoke"))["cross-entropy"].repeated(seed) for seed in range(1, 40)]
+    seconds = command.estimate.announce(runs, store, 2)
+    assert seconds.startswith("39 networks (resnet8 on digits, 39 seeds) on 2 processes: about ")
+    assert f"about {39 * 7.2 / 2 / 60:.0f} minutes; Ctrl-C keeps what is done" in seconds
+    store.records[record["key"]] = {**record, "cpu_seconds": 72.0}  # of a run that had the processor to itself
+    assert f"about {39 * 72 / 2 / 60:.0f} minutes" in command.estimate.announce(runs, store, 2)
+    assert command.estimate.announce([], store, 2) == "every run is stored; nothing is trained"
+
+
 def test_stored_runs_of_another_copy_of_the_data_are_found_before_training(made_up, capsys):
     out, record = made_up
     (out / "runs.jsonl").write_text(json.dumps({**record, "data_digest": "0" * 16}) + "\n")
@@ -170,9 +189,10 @@ def test_tables_are_utf_8_in_any_locale(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "runs.jsonl").write_bytes(gzip.decompress((committed / "runs.jsonl.gz").read_bytes()))
     locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    done = run(["-m", "benchmarks.paper", "pruned", "--out", "out"], tmp_path, **locale)
+    done = run(["-m", "benchmarks.paper", "pruned", "--dataset", "digits", "--out", "out"], tmp_path, **locale)
     assert done.returncode == 0, done.stderr
     assert "mean over seeds ? half-width" in done.stdout
     table = (tmp_path / "out" / "pruned" / "table.md").read_text("utf-8")
-    assert table.replace("paper pruned`", "paper all`") == (committed / "pruned" / "table.md").read_text("utf-8")
+    table = table.replace("paper pruned --dataset", "paper all --dataset")
+    assert table == (committed / "pruned" / "table.md").read_text("utf-8")
     assert "±" in table

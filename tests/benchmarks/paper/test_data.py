@@ -42,7 +42,7 @@ def test_smaller_training_sets_are_nested():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "mnist"}, "dataset must be one of digits, fashion-pairs"),
+        ({"name": "mnist"}, "dataset must be one of words, digits, fashion-pairs"),
         ({"name": "digits", "train_size": 811}, "train_size must be from 1 to 810 for digits, got 811"),
         ({"name": "digits", "train_size": 0}, "got 0"),
         ({"name": "digits", "pairs": 100}, "pairs is for fashion-pairs"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.paper.models import MODELS, ModelSpec, make
+from benchmarks.paper.models import FLAT, MODELS, ModelSpec, make
 from benchmarks.paper.models.densenet import DenseNet
 from benchmarks.paper.models.resnet import CIFARResNet
 
@@ -39,8 +39,22 @@ def test_channels_and_width_are_options(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", FLAT)
+def test_networks_of_one_dimension_are_the_others_on_images_of_height_1(name):
+    torch.manual_seed(0)
+    flat, model = make(ModelSpec(name, 4), 5, 3, flat=True).eval(), make(ModelSpec(name, 4), 5, 3).eval()
+    middle = {
+        key: value[:, :, 1:2] if value.shape[2:] == (3, 3) else value for key, value in model.state_dict().items()
+    }
+    flat.load_state_dict(middle)
+    images = torch.randn(2, 3, 1, 12)
+    torch.testing.assert_close(flat(images), model(images))
+
+
 def test_depths_are_checked():
     with pytest.raises(ValueError, match=r"depth must be 6n \+ 2 .*got 18"):
         CIFARResNet(18, 10)
     with pytest.raises(ValueError, match=r"depth must be 6n \+ 4 .*got 99"):
         DenseNet(99, 10)
+    with pytest.raises(ValueError, match="stem for ImageNet is not for images of height 1"):
+        make(ModelSpec("resnet18-imagenet", 4), 10, 3, flat=True)

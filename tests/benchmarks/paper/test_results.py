@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import gzip
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import __main__ as command
+from benchmarks.paper.remake import RESULTS, keep, remake
+from benchmarks.paper.store import read_records
 
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "paper"
+FOLDERS = sorted(path.parent.name for path in RESULTS.glob("*/command.txt"))
 
 
-@pytest.mark.parametrize("name", ["laptop-digits", "laptop-fashion-pairs"])
+@pytest.mark.parametrize("name", FOLDERS)
 def test_tables_are_made_of_the_runs(name, tmp_path, monkeypatch):
-    def prepare(todo, store, folder):
-        raise AssertionError(f"{len(todo)} runs are not stored; with this command nothing is left to train")
-
-    monkeypatch.setattr(command, "prepare", prepare)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *arguments, **options: None)
     committed = RESULTS / name
-    (tmp_path / "runs.jsonl").write_bytes(gzip.decompress((committed / "runs.jsonl.gz").read_bytes()))
-    (made_by,) = set(
-        re.findall(r"`python -m benchmarks\.paper (.*?)`", (committed / "comparison/table.md").read_text("utf-8"))
-    )
-    command.main([*shlex.split(made_by), "--out", str(tmp_path)])
+    remake(committed, tmp_path)
     tables = {path.relative_to(committed) for path in committed.rglob("*.md")}
-    assert len(tables) >= 4
-    for table in tables - {Path("analytic/table.md")}:  # its deviations are rounding, which differs between machines
+    assert tables == {path.relative_to(tmp_path) for path in tmp_path.rglob("*.md")}
+    for table in tables - {Path("analytic/claims.md")}:  # its deviations are rounding, which differs between machines
         assert (tmp_path / table).read_text("utf-8") == (committed / table).read_text("utf-8")
+
+
+def test_runs_that_lack_are_named_and_not_trained(tmp_path):
+    committed = tmp_path / "committed"
+    remake(RESULTS / "laptop-digits", tmp_path / "whole")
+    keep(tmp_path / "whole", "pruned --dataset digits --seeds 1", committed)
+    assert len(read_records(tmp_path / "whole" / "runs.jsonl")) > 100
+    (committed / "command.txt").write_text("comparison --dataset digits --seeds 1")
+    with pytest.raises(ValueError, match=r"has not \d of the runs of its command, such as label smoothing"):
+        remake(committed, tmp_path / "out")
