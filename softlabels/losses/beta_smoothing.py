@@ -213,7 +213,7 @@ class BetaSmoothingLoss(AttachableLoss):
         """Whether a teacher's confidence ranks the batch: where nothing is smoothed, there is nothing to rank."""
         return self.ranking == "ema" and self.concentration_for(2) != float("inf")
 
-    def make_teacher(self, model: nn.Module) -> nn.Module:
+    def make_teacher(self, model: nn.Module | None) -> EMATeacher:
         """Make an EMA of the model with this loss's decay."""
         return EMATeacher(model, self.ema_decay)
 

@@ -10,6 +10,7 @@ from torch import Tensor, jit, nn
 from torch.nn.utils.rnn import PackedSequence
 
 Output = str | int | Callable[[Any], Tensor] | None
+LOGITS = -1
 DEPTH = 8  # containers inside containers; an object counts for three, since objects may refer to each other in circles
 
 
@@ -76,6 +77,13 @@ def find_logits(result: Any, output: Output) -> Any:
     if not hasattr(result, "logits") and isinstance(result, (tuple, list)):
         return next((item for item in result if isinstance(item, Tensor) and item.dim()), None)
     return getattr(result, "logits", None)
+
+
+def outputs(result: Any, output: str | int | None) -> dict[int, Tensor]:
+    """All tensors in what a model returned by their position, its logits first and as LOGITS."""
+    logits = find_logits(result, output)
+    others = {position: tensor for position, tensor in enumerate(tensors(result)) if tensor is not logits}
+    return {LOGITS: logits, **others} if isinstance(logits, Tensor) else others
 
 
 def like_parameters(value: Any, module: nn.Module) -> Any:
