@@ -176,7 +176,7 @@ class BetaSmoothingLoss(AttachableLoss):
         if confidence is not None:
             confidence = rows.row_argument("confidence", confidence)
         elif self.ranking == "ema":
-            teacher_logits = rows.teacher_argument(self.ask_teacher(input, "confidence"))
+            teacher_logits = rows.teacher_argument(self.ask_teacher(input, "confidence"), check=False)
             confidence = log_odds(teacher_logits, rows.target, self.rank_by)
         elif self.ranking != "random":
             known = rows.statistics()

@@ -72,20 +72,19 @@ class Attachment:
         seen, position, way, shape = found
         if not seen.answers:
             seen.answers = self._answers(seen)
-            seen.args, seen.kwargs = (), {}
+            seen.args, seen.kwargs, seen.versions = (), {}, []
         computed = callable(self.options[1])
-        logits = seen.answers.get(LOGITS if computed else position)
-        if logits is None:
+        answer = seen.answers.get(LOGITS if computed else position)
+        if answer is None:
             raise RuntimeError(
                 "the loss was given an output of the model that the teacher does not return; pass the teacher's logits "
                 "to the call, or let attach(..., output=...) find them"
             )
-        if logits.shape == shape and not computed:
-            logits = same_rows(logits, way)
-        if logits.shape != input.shape:
+        logits = same_rows(answer, way) if answer.shape == shape and not computed else answer
+        if logits is None or logits.shape != input.shape:
             raise RuntimeError(
-                f"the teacher's logits have shape {tuple(logits.shape)} but the loss was given input of shape "
-                f"{tuple(input.shape)}; {_difference(logits, input)}"
+                f"the teacher's logits have shape {tuple(answer.shape)} but the loss was given input of shape "
+                f"{tuple(input.shape)}; {_difference(answer, input)}"
             )
         return logits.to(input.device)
 
@@ -115,12 +114,15 @@ class Attachment:
             given = teacher_inputs(*args, **kwargs)
             args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
             args = args if isinstance(args, tuple) else (args,)
+        if not isinstance(teacher, EMATeacher):
+            args, kwargs = like_parameters(args, teacher.eval()), like_parameters(kwargs, teacher)
+        elif isinstance(self.model, nn.DataParallel):  # which moves what it is given
+            args, kwargs = like_parameters(args, self.model), like_parameters(kwargs, self.model)
         with torch.no_grad(), seen.autocast_state():
             if isinstance(teacher, EMATeacher):
                 result = teacher.run(args, kwargs, seen.training)
             else:
-                teacher.eval()
-                result = teacher(*like_parameters(args, teacher), **like_parameters(kwargs, teacher))
+                result = teacher(*args, **kwargs)
             answers = {LOGITS: output(result)} if callable(output) else outputs(result, output)
         if not isinstance(answers.get(LOGITS), Tensor):
             raise TypeError(

@@ -169,14 +169,20 @@ def laid_out_as(tensor: Any, like: Any) -> Tensor:
 @contextlib.contextmanager
 def own_randomness(parameters: Iterable[Tensor], stream: int) -> Iterator[None]:
     """Draw from a random stream of one's own, and leave torch's generators as they were."""
-    devices = [device for device in {p.device for p in parameters} if device.type not in ("cpu", "meta")]
-    with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-        # torch.manual_seed also notes the seed for every kind of accelerator that is not in use, stack trace and
-        # all, which takes longer than a small network's step, and would seed them so when they come into use.
-        seed = torch.initial_seed() ^ (0x5EED << 32 | stream)
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            backend = torch.get_device_module(device)
-            generators = getattr(backend, "default_generators", None)
-            (generators[device.index or 0] if generators else backend).manual_seed(seed)
+    generators = [torch.default_generator]
+    for device in {parameter.device for parameter in parameters}:
+        if device.type not in ("cpu", "meta"):
+            backend: Any = torch.get_device_module(device)
+            own = hasattr(backend, "default_generators")
+            generators.append(
+                backend.default_generators[device.index or 0] if own else backend._get_default_mps_generator()
+            )
+    states = [generator.get_state() for generator in generators]
+    seed = torch.initial_seed() ^ (0x5EED << 32 | stream)
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -174,10 +174,11 @@ class EMATeacher(nn.Module):
             return None
         found = parts(source)
         self._take_in(steps, found, passing=True)
-        trained = found.trained()
-        fits = self._averages.keys() == trained.keys() and _fits(self._averages, trained)
-        if self._num_updates == 0 and not (self._begun and fits):
-            self._begin(found)
+        if self._num_updates == 0:
+            trained = found.trained()
+            if not (self._begun and self._averages.keys() == trained.keys() and _fits(self._averages, trained)):
+                check_model(source)
+                self._begin(found)
         self._begun = True
         return frozenset(id(module) for module in found.modules.values() if module.training)
 
@@ -218,7 +219,6 @@ class EMATeacher(nn.Module):
         if not self.take_in():
             self._average(parts(self._present()))
 
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the averaged model without a graph and without touching torch's random generators."""
         self.take_in()
@@ -316,16 +316,13 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def _average(self, found: Parts) -> None:
         self._fit(found)
-        self._averages = {**_averages_of(found, but=self._averages), **self._averages}
+        self._averages.update(_averages_of(found, but=self._averages))
         self._num_updates += 1
         decay = min(1.0 - 1.0 / (self._num_updates + 1), self.decay)
         averages = [local(average) for average in self._averages.values()]
-        values = [local(found.parameters[name].detach()) for name in self._averages]
         if averages:
             torch._foreach_mul_(averages, decay)
-            torch._foreach_add_(
-                averages, [v.to(a.dtype) for v, a in zip(values, averages, strict=True)], alpha=1.0 - decay
-            )
+            torch._foreach_add_(averages, [local(found.parameters[name]) for name in self._averages], alpha=1.0 - decay)
 
     def _entries(self) -> dict[str, Tensor]:
         """What a checkpoint holds: tensors alone."""

@@ -19,22 +19,35 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from softlabels.teachers.hooks import Scriptable, hang
-from softlabels.teachers.structures import Output, outputs, rebuilt, tensors
+from softlabels.teachers.structures import Output, outputs, rebuilt
 
 Node = Any  # torch.autograd.graph.Node, and what it saved
-Way = Any  # the nodes between a mark and a loss's input, the mark's first: (node, index of its output, rest) or ()
+Way = Any  # from a mark to a loss's input, () or: (node, which of its outputs, from which of its inputs, the rest)
 
 COMPILED = "CompiledFunctionBackward"
-MOVING = ("AsStrided", "Cat", "Flip", "Gather", "Index", "IndexSelect", "MaskedSelect", "Roll", "Sort", "Stack", "Topk")
-RESHAPING = ("ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View")
-VIEWS = {  # and what their nodes know of their arguments
-    "Permute": ("dims",),
-    "Select": ("dim", "index"),
-    "Slice": ("dim", "start", "end", "step"),
-    "Split": ("split_size", "dim"),
-    "T": (),
-    "Transpose": ("dim0", "dim1"),
-    "Unbind": ("dim",),
+MOVING = {
+    *("AsStrided", "Cat", "Flip", "Gather", "Index", "IndexSelect", "MaskedSelect"),
+    *("Roll", "Rot90", "Sort", "Stack", "Take", "Topk"),
+}
+WRITING = {
+    "IndexAdd",
+    "IndexCopy",
+    "IndexPut",
+    "MaskedScatter",
+    "Scatter",
+    "ScatterAdd",
+}  # their others into their first
+RESHAPING = {"ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"}
+VIEWS = {  # what repeats them, and what their nodes know of its arguments
+    "Permute": ("permute", "dims"),
+    "Repeat": ("repeat", "repeats"),
+    "Select": ("select", "dim", "index"),
+    "Slice": ("slice", "dim", "start", "end", "step"),
+    "Split": ("split", "split_size", "dim"),
+    "SplitWithSizes": ("split_with_sizes", "split_sizes", "dim"),
+    "T": ("t",),
+    "Transpose": ("transpose", "dim0", "dim1"),
+    "Unbind": ("unbind", "dim"),
 }
 
 
@@ -51,10 +64,13 @@ class Pass:
         self.answers: dict[int, Tensor] = {}  # by position in the output
         self.args, self.kwargs, self.training = args, kwargs, training
         self.autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in _device_types()]
-        self.versions: list[int] = []
+        self.versions: list[tuple[Tensor, int]] = []
         if not torch.compiler.is_compiling():  # a compiler knows neither versions nor copies of objects
-            self.args, self.kwargs = rebuilt(args), rebuilt(kwargs)
-            self.versions = [_version(tensor) for tensor in tensors((args, kwargs))]
+            self.args, self.kwargs = rebuilt(args, self._noted), rebuilt(kwargs, self._noted)
+
+    def _noted(self, tensor: Tensor) -> Tensor:
+        self.versions.append((tensor, _version(tensor)))
+        return tensor
 
     def arguments(self, caches: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs; ``caches``: also where the model writes to one.
@@ -68,7 +84,7 @@ class Pass:
                     f"the model was given a cache of its own ({name!r}), and writes to it; train without it "
                     "(use_cache=False), or let attach(..., teacher_inputs=...) leave it out"
                 )
-        if self.versions and self.versions != [_version(tensor) for tensor in tensors((self.args, self.kwargs))]:
+        if any(_version(tensor) != version for tensor, version in self.versions):
             raise RuntimeError(
                 "the inputs of this training pass have been written to since it began, so the teacher would see "
                 "something else; do not change them in place before the loss is computed"
@@ -148,7 +164,7 @@ class Passes:
             self._mark(*entry)
         waiting: list[tuple[Node, int, Way]] = [(logits.grad_fn, logits.output_nr, ())]
         found: list[tuple[Pass, int, Way, torch.Size]] = []
-        visited: set[Any] = set()
+        visited: set[Any] = {(None, 0)}
         for node, index, way in waiting:
             marks = node.metadata.get(self._key, {}) if node is not None else {}
             if marks and node.name() == COMPILED and index not in marks:
@@ -156,11 +172,13 @@ class Passes:
             if index in marks:
                 found.append((*marks[index], way, _shape(node, index)))
             elif node is not None:
-                edges = [edge for edge in node.next_functions if edge[0] is not None]
+                edges = list(enumerate(node.next_functions))
                 if 1 < len(edges) == len(node._input_metadata) and isinstance(node, BackwardCFunction):
                     edges = [edges[index]]  # a hook's node, which hands each tensor on
-                waiting += [(*edge, (node, index, way)) for edge in edges if edge not in visited]
-                visited.update(edges)
+                for number, edge in edges:
+                    if edge not in visited:
+                        visited.add(edge)
+                        waiting.append((*edge, (node, index, number, way)))
         if len({(seen, callable(self._output) or position) for seen, position, _, _ in found}) > 1:
             raise RuntimeError(
                 "the loss was given logits made of several outputs or training passes of the attached model; call it "
@@ -171,31 +189,33 @@ class Passes:
         return found[0] if found else None
 
 
-def same_rows(logits: Tensor, way: Way) -> Tensor:
-    """Lay out a teacher's logits as the model's were on their way from the model to the loss.
+def same_rows(logits: Tensor, way: Way) -> Tensor | None:
+    """Lay out a teacher's logits as the model's were on their way from the model to the loss; None if it is not clear.
 
     Raises:
         RuntimeError: rows were picked or moved.
     """
     while way:
-        node, index, way = way
+        node, index, number, way = way
         name = node.name().split("Backward")[0]
-        if name in MOVING:
+        if name in MOVING or (name in WRITING and number):
             raise RuntimeError(
                 f"the loss was given rows picked from the model's logits of shape {tuple(logits.shape)}, perhaps in "
                 "another order, which the teacher's do not follow; let attach(..., output=...) do the same to what the "
                 "teacher returns, or reorder the targets instead"
             )
+        shape = _shape(node, index)
         if name in VIEWS:
-            saved = [_signed(getattr(node, f"_saved_{argument}")) for argument in VIEWS[name]]
-            logits = getattr(torch.ops.aten, name.lower())(logits, *saved)
-            logits = logits if isinstance(logits, Tensor) else logits[index]
-        elif name == "Expand":
-            logits = logits.expand(_shape(node, index))
+            function, *arguments = VIEWS[name]
+            saved = [_signed(getattr(node, f"_saved_{argument}")) for argument in arguments]
+            views = getattr(torch.ops.aten, function)(logits, *saved)
+            logits = views if isinstance(views, Tensor) else views[index]
         elif name in RESHAPING:
-            logits = logits.reshape(_shape(node, index))
-        if logits.shape != _shape(node, index):
-            break
+            logits = logits.reshape(shape)
+        elif name == "Expand":
+            logits = logits.expand(shape)
+        if logits.shape != shape:
+            return None
     return logits
 
 
