@@ -52,12 +52,12 @@ class Rows:
         _checks.check_like_rows(name, value, self._callers_logits, shape)
         return value.unsqueeze(0) if self.single else value
 
-    def teacher_argument(self, teacher_logits: Tensor) -> Tensor:
-        """Check the caller's teacher logits and bring them to (N, K, d1, ...) without their graph."""
-        _checks.check_like_logits("teacher_logits", teacher_logits, self._callers_logits)
-        teacher_logits = teacher_logits.detach().unsqueeze(0) if self.single else teacher_logits.detach()
-        _warn_of_probabilities(teacher_logits)
-        return teacher_logits
+    def teacher_argument(self, teacher_logits: Tensor, *, check: bool = True) -> Tensor:
+        """Check teacher logits, if they are the caller's, and bring them to (N, K, d1, ...) without their graph."""
+        if check:
+            _checks.check_like_logits("teacher_logits", teacher_logits, self._callers_logits)
+            _warn_of_probabilities(teacher_logits.unsqueeze(0) if self.single else teacher_logits)
+        return teacher_logits.detach().unsqueeze(0) if self.single else teacher_logits.detach()
 
     def spread_argument(self, spread: Tensor) -> Tensor:
         """Check the caller's spread and bring it to (N, K, d1, ...) without its graph."""

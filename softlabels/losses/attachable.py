@@ -18,8 +18,6 @@ from softlabels.teachers.structures import Output
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-TEACHER = "teacher."
-
 
 class AttachableLoss(SoftLabelLoss):
     """A loss that can be attached to a model and then asks a teacher about each batch by itself."""
@@ -31,7 +29,6 @@ class AttachableLoss(SoftLabelLoss):
     def __init__(self, weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
         self._attachment: Attachment | None = None
-        self._awaited: dict[str, Any] = {}  # state of an EMA teacher that was loaded before attach
         self._is_copy = False  # of an attached loss
 
     def attach(
@@ -83,15 +80,13 @@ class AttachableLoss(SoftLabelLoss):
             >>> loss = criterion(model(torch.randn(8, 4)), torch.randint(3, (8,)))
             >>> loss.backward()
         """
-        if self._attachment is not None and self._attachment.model is None:
-            self.detach()
-        if self._attachment is not None:
-            given = zip(
-                (optimizer, output, teacher_inputs, teacher), (*self._attachment.options, self.teacher), strict=True
-            )
+        if self._attachment is not None and self._attachment.model is not None:
+            options = (optimizer, output, teacher_inputs, teacher)
+            given = zip(options, (*self._attachment.options, self.teacher), strict=True)
             if self._attachment.model is model and all(new is None or new is old for new, old in given):
                 return self
             raise RuntimeError("this loss is attached already; call detach() first")
+        self.detach()
         if isinstance(model, nn.Module) and any(module is self for module in model.modules()):
             raise ValueError(
                 f"{type(self).__name__} is itself a part of the model; attach it to the submodule that makes the logits"
@@ -134,8 +129,8 @@ class AttachableLoss(SoftLabelLoss):
         """Whether this loss asks an attached teacher in training, as its options stand."""
         return True
 
-    def make_teacher(self, model: nn.Module) -> nn.Module:
-        """Teacher for a model when none is given."""
+    def make_teacher(self, model: nn.Module | None) -> EMATeacher:
+        """Teacher for a model, which may come later, when none is given."""
         return EMATeacher(model)
 
     def ask_teacher(self, input: Tensor, given: str) -> Tensor:
@@ -170,62 +165,40 @@ class AttachableLoss(SoftLabelLoss):
             raise RuntimeError(
                 f"{name} was given logits that come from no training forward pass of the attached model. Call the "
                 "model itself, model(x) and not model.forward(x), in training mode with grad enabled, and give the "
-                "loss what it returns (if the model was compiled and run before attach, attach the compiled wrapper); "
+                "loss what it returns (if the model was compiled and run before attach, or DataParallel runs it on several "
+                "devices, attach the wrapper); "
                 f"for a model in eval mode, pass {given}= to the call. For evaluation, use criterion.eval() or "
                 "torch.no_grad()"
             )
         return logits  # type: ignore[no-any-return]
 
     def _add_teacher(self, attachment: Attachment, model: nn.Module, teacher: nn.Module | None) -> None:
-        teacher = attachment.ask(model, self.make_teacher(model) if teacher is None else teacher)
+        waiting = self._modules.get("teacher")  # in a copy, or after load_state_dict
+        if teacher is None:
+            teacher = self.make_teacher(model) if waiting is None else waiting
+        teacher = attachment.ask(model, teacher)
+        self._modules.pop("teacher", None)
         if isinstance(teacher, EMATeacher):
-            if self._awaited:
-                teacher.load_state_dict(self._awaited)
+            if waiting is not None and waiting is not teacher:
+                teacher.load_state_dict(waiting.state_dict())
             self.add_module("teacher", teacher)
         else:
             self.__dict__["teacher"] = teacher  # not a submodule: neither saved nor moved with the loss
-        self._awaited = {}
 
     def _warn_missing(self, what: str, consequence: str) -> None:
         warnings.warn(f"the checkpoint has no {what} for {type(self).__name__}; {consequence}", stacklevel=2)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, value in self._awaited.items():
-            destination[prefix + TEACHER + key] = value
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        teacher = prefix + TEACHER
-        own = {key: value for key, value in state_dict.items() if key.startswith(teacher)}
-        if "teacher" not in self._modules:
-            for key, value in own.items():
-                self._awaited[key[len(teacher) :]] = value.clone() if isinstance(value, Tensor) else value
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        teacher = [key for key in state_dict if key.startswith(prefix + "teacher.")]
+        if teacher and not hasattr(self, "teacher"):
+            self.add_module("teacher", self.make_teacher(None))  # which waits for the model
+        elif "teacher" not in self._modules:
+            for key in teacher:  # of an EMA, and now there is a frozen one
                 del state_dict[key]
-        elif not own and isinstance(self.teacher, EMATeacher):
-            self._warn_missing("EMA teacher", "its average restarts from the model's present weights")
-            self.teacher.restart()
-            state_dict.update({teacher + key: value for key, value in self.teacher.state_dict().items()})
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is not attached; an EMA teacher's state waits in it for the copy's own attach."""
-        state = self.__dict__.copy()
+        """A copy is not attached; a copied EMA teacher waits in it for the copy's own attach."""
+        state = {**self.__dict__, "_attachment": None, "_is_copy": self._is_copy or self.attached}
         state.pop("teacher", None)
-        state["_attachment"] = None
-        state["_is_copy"] = self._is_copy or self.attached
-        teacher = self._modules.get("teacher")
-        if teacher is not None:
-            state["_modules"] = {k: v for k, v in self._modules.items() if k != "teacher"}
-            state["_awaited"] = teacher.state_dict()
         return state

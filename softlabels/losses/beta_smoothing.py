@@ -214,7 +214,7 @@ class BetaSmoothingLoss(AttachableLoss):
         if confidence is not None:
             confidence = rows.row_argument("confidence", confidence)
         elif self.ranking == "ema":
-            predicted = rows.teacher_argument(self.ask_teacher(input, "confidence"))
+            predicted = rows.teacher_argument(self.ask_teacher(input, "confidence"), check=False)
             confidence = log_odds(predicted, rows.target, self.rank_by)
         elif self.ranking == "none":
             mean = True
@@ -274,7 +274,7 @@ class BetaSmoothingLoss(AttachableLoss):
         """Whether a teacher's confidence ranks the batch: where nothing is smoothed, there is nothing to rank."""
         return self.ranking == "ema" and self.concentration_for(2) != float("inf")
 
-    def make_teacher(self, model: nn.Module) -> nn.Module:
+    def make_teacher(self, model: nn.Module | None) -> EMATeacher:
         """Make an EMA of the model with this loss's decay."""
         return EMATeacher(model, self.ema_decay)
 

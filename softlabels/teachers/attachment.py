@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from softlabels.teachers.ema import EMATeacher
 from softlabels.teachers.hooks import Hook, Scriptable
-from softlabels.teachers.passes import LOGITS, Pass, Passes, same_rows
+from softlabels.teachers.passes import Pass, Passes, same_rows
 from softlabels.teachers.steps import Steps
-from softlabels.teachers.structures import Output, check_model, find_logits, like_parameters, tensors, unwrap
+from softlabels.teachers.structures import LOGITS, Output, check_model, like_parameters, outputs, unwrap
 
 
 class Attachment:
@@ -70,71 +70,66 @@ class Attachment:
         if found is None:
             return None
         seen, position, way, shape = found
-        if seen.answers is None:
+        if not seen.answers:
             seen.answers = self._answers(seen)
-            seen.args, seen.kwargs = (), {}
+            seen.args, seen.kwargs, seen.versions = (), {}, []
         computed = callable(self.options[1])
-        logits = seen.answers.get(LOGITS if computed else position)
-        if logits is None:
+        answer = seen.answers.get(LOGITS if computed else position)
+        if answer is None:
             raise RuntimeError(
                 "the loss was given an output of the model that the teacher does not return; pass the teacher's logits "
                 "to the call, or let attach(..., output=...) find them"
             )
-        if logits.shape == shape and not computed:
-            logits = same_rows(logits, way)
-        if logits.shape != input.shape:
+        logits = same_rows(answer, way) if answer.shape == shape and not computed else answer
+        if logits is None or logits.shape != input.shape:
             raise RuntimeError(
-                f"the teacher's logits have shape {tuple(logits.shape)} but the loss was given input of shape "
-                f"{tuple(input.shape)}; {_difference(logits, input)}"
+                f"the teacher's logits have shape {tuple(answer.shape)} but the loss was given input of shape "
+                f"{tuple(input.shape)}; {_difference(answer, input)}"
             )
         return logits.to(input.device)
 
-    def take_in(self, *, passing: bool = False) -> None:
-        """Bring EMA teachers up to date with what happened to the model."""
-        for teacher, _ in self._followed:
-            teacher.take_in(passing=passing)
-
     def end(self) -> None:
         """Remove every hook and release everything."""
-        self.take_in()
+        for teacher, _ in self._followed:
+            teacher.take_in()
         self._followed = []
-        for handle in self._passes.handles:
-            handle.remove()
-        if self.model is not None and not any(isinstance(h, Hook) for h in self.model._forward_hooks.values()):
+        for remove in self._passes.hooks:
+            remove()
+        if self.model is not None and not any(isinstance(hook, Hook) for hook in self.model._forward_hooks.values()):
             self.model.__dict__.pop(Scriptable.NAME, None)
 
-    def _begin(self) -> None:
-        self.take_in(passing=True)
+    def _begin(self) -> frozenset[int] | None:
+        """Bring EMA teachers up to date before a pass of the model."""
+        training = {teacher: teacher.begin_pass() for teacher, _ in self._followed}
+        return training.get(self.teacher)  # type: ignore[call-overload,no-any-return]
 
     def _answers(self, seen: Pass) -> dict[int, Tensor]:
         """Run the teacher on the inputs of a pass: its logits, and where the model marks others, those outputs."""
-        teacher, model, (_, output, teacher_inputs) = self.teacher, self.model, self.options
+        teacher, (_, output, teacher_inputs) = self.teacher, self.options
+        assert teacher is not None
+        if seen.training is None:
+            seen.training = self._begin()  # which a compiled hook does not
         args, kwargs = seen.arguments(caches=teacher_inputs is not None)
         if teacher_inputs is not None:
             given = teacher_inputs(*args, **kwargs)
-            args, kwargs = (
-                ((), given) if isinstance(given, dict) else (given if isinstance(given, tuple) else (given,), {})
-            )
-        assert teacher is not None
-        if seen.training is None:
-            self.take_in(passing=True)  # which a compiled hook does not
+            args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
+            args = args if isinstance(args, tuple) else (args,)
         if not isinstance(teacher, EMATeacher):
-            teacher.eval()
-            args, kwargs = like_parameters(args, teacher), like_parameters(kwargs, teacher)
+            args, kwargs = like_parameters(args, teacher.eval()), like_parameters(kwargs, teacher)
+        elif isinstance(self.model, nn.DataParallel):  # which moves what it is given
+            args, kwargs = like_parameters(args, self.model), like_parameters(kwargs, self.model)
         with torch.no_grad(), seen.autocast_state():
             if isinstance(teacher, EMATeacher):
-                same = model is not None and teacher.source is unwrap(model)
-                result = teacher.run(args, kwargs, seen.training if same else None)
+                result = teacher.run(args, kwargs, seen.training)
             else:
                 result = teacher(*args, **kwargs)
-            logits = find_logits(result, output)
-        if not isinstance(logits, Tensor):
+            answers = {LOGITS: output(result)} if callable(output) else outputs(result, output)
+        if not isinstance(answers.get(LOGITS), Tensor):
             raise TypeError(
                 f"no logits found in the teacher's output of type {type(result).__name__} with output={output!r}; say "
                 "where they are with attach(..., output=...): a key, an index, or a function of the output"
             )
-        outputs = {} if callable(output) else dict(enumerate(tensors(result)))
-        return {**{position: tensor for position, tensor in outputs.items() if tensor is not logits}, LOGITS: logits}
+        return answers
 
 
 def _check_apart(model: nn.Module, teacher: nn.Module) -> None:

@@ -21,17 +21,25 @@ CONTAINERS = frozenset((dict, list, set, collections.deque))
 
 
 class Parts(NamedTuple):
-    """The modules of a model; by name, each once, its parameters, running statistics and other buffers."""
+    """The modules of a model and their parameters by name, each once. The names of modules end in a dot."""
 
-    modules: list[nn.Module]
+    modules: dict[str, nn.Module]
     parameters: dict[str, nn.Parameter]
-    statistics: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that have averages."""
+        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Running statistics."""
+        norms = [(prefix, module) for prefix, module in self.modules.items() if isinstance(module, _NormBase)]
+        return {prefix + name: t for prefix, norm in norms for name, t in norm._buffers.items() if t is not None}
 
 
 def parts(model: nn.Module) -> Parts:
-    """As named_modules, named_parameters and named_buffers, in one walk."""
-    found = Parts([], {}, {}, {})
+    """What a model is made of, in one walk, with FSDP2 parameters as they are kept between passes."""
+    modules: dict[str, nn.Module] = {}
+    parameters: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
@@ -39,99 +47,103 @@ def parts(model: nn.Module) -> Parts:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        found.modules.append(module)
+        if hasattr(type(module), "reshard"):
+            module.reshard()  # type: ignore[operator]
+        modules[prefix] = module
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                found.parameters[prefix + name] = parameter
-        if module._buffers:
-            buffers = found.statistics if isinstance(module, _NormBase) else found.buffers
-            for name, buffer in module._buffers.items():
-                if buffer is not None and id(buffer) not in seen:
-                    seen.add(id(buffer))
-                    buffers[prefix + name] = buffer
+                parameters[prefix + name] = parameter
         if module._modules:
             children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
             waiting += reversed(children)
-    return found
+    return Parts(modules, parameters)
 
 
 @contextlib.contextmanager
 def averaged(
-    found: Parts, averages: dict[str, Tensor], statistics: dict[str, Tensor], training: list[bool] | None = None
+    found: Parts, averages: dict[str, Tensor], statistics: dict[str, Tensor], training: frozenset[int] | None
 ) -> Iterator[None]:
     """Let a model be run with other weights: grad must be disabled.
 
     Args:
-        found: The model's parts, after `reshard`.
+        found: The model's parts.
         averages: Values by parameter name, of any dtype; the other parameters stay as they are.
-        statistics: The teacher's own running statistics by name, which the pass may change. Of other buffers a pass
-            gets copies.
-        training: Mode of each module, in the order of `parts`; None: as it is.
+        statistics: The teacher's own running statistics by name, which the pass may change.
+        training: The modules that are in training mode, by id; None: as they are.
     """
-    modules, parameters, norms, others = found
-    noted = [_contents(module) for module in modules]
+    modules, parameters = found.modules.values(), found.parameters
+    attributes = [module.__dict__ for module in modules]
+    noted = [(held, held.copy()) for own in attributes for held in (own, *own.values()) if type(held) in CONTAINERS]
     values = {name: parameters[name].data for name in averages}
-    others_than_tensors = [name for name, value in values.items() if type(value) is not Tensor]
-    sharded = {name: local(values[name]).clone() for name in others_than_tensors if is_sharded(values[name])}
-    trained = [p for p in parameters.values() if p.requires_grad and (type(p) is nn.Parameter or not is_sharded(p))]
-    buffers = {
-        id(live): statistics[name].to(live.device, live.dtype) if name in statistics else live.clone()
-        for name, live in {**norms, **others}.items()
-    }
+    sharded = {name: local(value).clone() for name, value in values.items() if is_sharded(value)}
+    cast = [p for p in parameters.values() if p.requires_grad and not is_sharded(p)] if _autocasts() else []
     caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
-        for module, mode in zip(modules, training or (), strict=False):
-            module.__dict__["training"] = mode
-        for held in [module._buffers for module in modules if module._buffers] if buffers else ():
-            held.update({name: buffers[id(live)] for name, live in held.items() if live is not None})
-        for parameter in trained:
+        if training is not None:
+            for module in modules:
+                module.__dict__["training"] = id(module) in training
+        _exchange_buffers(found, statistics)
+        for parameter in cast:
             parameter.requires_grad = False  # autocast neither reads nor writes its cache for it
         for name, average in averages.items():
-            value = values[name]
             if name in sharded:
-                local(value).copy_(local(average))
+                local(values[name]).copy_(local(average))
             else:
-                parameters[name].data = average if average.dtype == value.dtype else average.to(value.dtype)
+                dtype = values[name].dtype
+                parameters[name].data = average if average.dtype == dtype else average.to(dtype)
         yield
         if statistics:
-            statistics.update({n: now for n, now in parts(modules[0]).statistics.items() if n in statistics})
+            statistics.update({name: now for name, now in found.statistics().items() if name in statistics})
     finally:
-        reshard(modules)
+        for module in modules:
+            if hasattr(type(module), "reshard"):
+                module.reshard()  # type: ignore[operator]
         parametrize._cache_enabled = caching
         for name, value in values.items():
             if name in sharded:
                 local(value).copy_(sharded[name])
             else:
                 parameters[name].data = value
-        for parameter in trained:
+        for parameter in cast:
             parameter.requires_grad = True
-        for module, contents in zip(modules, noted, strict=True):
-            _put_back(module.__dict__, *contents)
+        _put_back(noted)
 
 
-def _contents(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """The attributes of a module, and what is in those that are containers."""
-    attributes = module.__dict__
-    return attributes.copy(), [(value, value.copy()) for value in attributes.values() if type(value) in CONTAINERS]
+def _autocasts() -> bool:
+    """Whether there is an autocast region, enabled or not, whose cache outlives a pass."""
+    depth: int = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth > 1
 
 
-def _put_back(attributes: dict[str, Any], before: dict[str, Any], containers: list[tuple[Any, Any]]) -> None:
-    attributes.update(before)
-    if len(attributes) > len(before):
-        for name in attributes.keys() - before.keys():
-            del attributes[name]
-    for container, contents in containers:
-        if container or contents:
-            container.clear()
-            (container.extend if hasattr(container, "extend") else container.update)(contents)
+def _exchange_buffers(found: Parts, statistics: dict[str, Tensor]) -> None:
+    """Give a pass copies of the buffers to write to; of running statistics the teacher's own.
+
+    Statistics that are frozen, in eval mode while the model trains, are the model's for the teacher too.
+    """
+    evaluating = not found.modules[""].training
+    given: dict[int, Tensor] = {}  # by the buffer, which several modules may share
+    for prefix, module in found.modules.items():
+        for name, live in module._buffers.items():
+            own = statistics.get(prefix + name) if module.training or evaluating else None
+            if live is not None:
+                new = live.clone() if own is None else own.to(live.device, live.dtype)
+                module._buffers[name] = given.setdefault(id(live), new)
 
 
-def reshard(modules: list[nn.Module]) -> None:
-    """Give gathered FSDP2 parameters back: without a backward pass FSDP keeps some."""
-    for module in modules:
-        if hasattr(type(module), "reshard"):
-            module.reshard()  # type: ignore[operator]
+def _put_back(noted: list[tuple[Any, Any]]) -> None:
+    for held, contents in noted:
+        if not held and not contents:
+            continue
+        if isinstance(held, dict):
+            held.update(contents)
+            if len(held) > len(contents):
+                for name in held.keys() - contents.keys():
+                    del held[name]
+        else:
+            held.clear()
+            (held.update if isinstance(held, set) else held.extend)(contents)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -157,16 +169,20 @@ def laid_out_as(tensor: Any, like: Any) -> Tensor:
 @contextlib.contextmanager
 def own_randomness(parameters: Iterable[Tensor], stream: int) -> Iterator[None]:
     """Draw from a random stream of one's own, and leave torch's generators as they were."""
-    devices = [device for device in {p.device for p in parameters} if device.type not in ("cpu", "meta")]
-    with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-        # torch.manual_seed also notes the seed for every kind of accelerator that is not in use, stack trace and
-        # all, which takes longer than a small network's step, and would seed them so when they come into use.
-        seed = torch.initial_seed() ^ (0x5EED << 32 | stream)
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            backend = torch.get_device_module(device)
-            if hasattr(backend, "default_generators"):
-                backend.default_generators[device.index or 0].manual_seed(seed)
-            else:
-                backend.manual_seed(seed)
+    generators = [torch.default_generator]
+    for device in {parameter.device for parameter in parameters}:
+        if device.type not in ("cpu", "meta"):
+            backend: Any = torch.get_device_module(device)
+            own = hasattr(backend, "default_generators")
+            generators.append(
+                backend.default_generators[device.index or 0] if own else backend._get_default_mps_generator()
+            )
+    states = [generator.get_state() for generator in generators]
+    seed = torch.initial_seed() ^ (0x5EED << 32 | stream)
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -6,6 +6,7 @@ import copy
 import types
 import warnings
 import weakref
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -15,17 +16,15 @@ from softlabels.functional import _checks
 from softlabels.teachers.averaged_weights import (
     Parts,
     averaged,
-    is_sharded,
     laid_out_as,
     local,
     own_randomness,
     parts,
-    reshard,
 )
 from softlabels.teachers.steps import Steps
 from softlabels.teachers.structures import check_model, unwrap
 
-COUNTERS = ("num_updates", "num_passes")
+KINDS, COUNTERS = ("averages", "statistics"), ("num_updates", "num_passes")
 
 
 class EMATeacher(nn.Module):
@@ -79,7 +78,7 @@ class EMATeacher(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, decay: float = 0.999, *, mode: str = "train", module: nn.Module | None = None
+        self, model: nn.Module | None, decay: float = 0.999, *, mode: str = "train", module: nn.Module | None = None
     ) -> None:
         super().__init__()
         _checks.check_number("decay", decay, low=0.0, high=1.0, high_open=True)
@@ -88,13 +87,15 @@ class EMATeacher(nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.decay, self.mode = decay, mode
         self.__dict__["module"] = module  # not a submodule: neither saved nor moved nor trained with the teacher
+        self._source: weakref.ref[nn.Module] | None = None
+        self._steps: weakref.ref[Steps] | None = None
         self._num_updates = 0
         self._num_passes = 0  # the seed of each pass's own random stream
         self._averages: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
         self._begun = False  # whether there was a training pass
-        self._restored = False  # whether the state was loaded and not used yet
-        self.follow(model)
+        if model is not None:
+            self.follow(model)
         if module is not None and not self._averages.keys() <= parts(module).parameters.keys():
             raise ValueError("module does not have the parameters of model by their names")
 
@@ -119,7 +120,9 @@ class EMATeacher(nn.Module):
 
         Until the first update they are the model's parameters, copied.
         """
-        return dict(self._averages) if self.num_updates else self._trained()
+        if self.num_updates == 0 and self.source is not None:
+            return _averages_of(parts(self.source))
+        return dict(self._averages)
 
     def follow(self, model: nn.Module) -> None:
         """Follow ``model`` from now on, as a teacher that was copied or unpickled must be told.
@@ -133,65 +136,75 @@ class EMATeacher(nn.Module):
         """
         check_model(model)
         source = unwrap(model)
-        parameters = parts(source).parameters
-        for name, parameter in parameters.items():
+        found = parts(source)
+        for name, parameter in found.parameters.items():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(
                     f"model has a parameter that is not initialised yet, {name!r}; run one forward pass before the "
                     "teacher is made"
                 )
-        if any(name not in parameters or parameters[name].shape != a.shape for name, a in self._averages.items()):
+        buffers = dict(source.named_buffers())  # which a checkpoint of the first version has among the averages
+        averages = {name: average for name, average in self._averages.items() if name not in buffers}
+        if not _fits(averages, found.parameters):
             raise ValueError("model does not have the parameters of the model that this EMATeacher was made from")
-        self._source: weakref.ref[nn.Module] | None = weakref.ref(source)
-        self._steps: weakref.ref[Steps] | None = None
-        if not self._averages:
-            self._begin()
+        self._source, self._steps = weakref.ref(source), None
+        self._averages = averages
+        if not self._num_updates:
+            self._begin(found)
 
     def follow_steps(self, optimizer: object) -> Steps:
         """Take steps of the model in for as long as what is returned is kept.
 
         Losses that share this teacher share one, so that it moves once per step.
         """
-        running = self._steps() if self._steps else None
-        if running is not None and optimizer is not None:
+        steps = self._running_steps()
+        if steps is not None and optimizer is not None:
             raise ValueError("optimizer cannot be given: this EMATeacher already follows the steps of its model")
-        steps = running or Steps(self._present(), optimizer)
+        steps = steps or Steps(self._present(), optimizer)
         self._steps = weakref.ref(steps)
         return steps
 
-    def take_in(self, *, passing: bool = False) -> bool:
-        """Take in what was noted: a step, or weights that were loaded. Whether there was a step.
+    def begin_pass(self) -> frozenset[int] | None:
+        """Take in what was noted, at a training pass of the model. Which modules are in training mode, by id.
 
-        Args:
-            passing: In a training pass of the model. At the first one the average is the model, whatever was loaded or
-                broadcast since it was attached.
+        At the first one the average is the model, whatever was loaded or broadcast since it was attached.
         """
-        steps, source = self._steps() if self._steps else None, self.source
-        stepped = False
-        if source is not None and steps is not None:
-            if steps.loaded and not self._restored:
-                if self._num_updates:
-                    warnings.warn(
-                        "weights were loaded into the attached model after its average was begun, which restarts from "
-                        "them; to go on with it, load the state_dict of the criterion as well",
-                        stacklevel=2,
-                    )
-                self.restart()
-            steps.loaded = False
-            stepped = steps.taken(parts(source).parameters, passing)
-            if stepped:
-                self._average(source)
-            self._restored = self._restored and not (passing or stepped)
-        if passing and self._num_updates == 0 and not (self._begun and self._fits()):
-            self._begin()
-        self._begun = self._begun or passing
+        source, steps = self.source, self._running_steps()
+        if source is None or steps is None:
+            return None
+        found = parts(source)
+        self._take_in(steps, found, passing=True)
+        if self._num_updates == 0:
+            trained = found.trained()
+            if not (self._begun and self._averages.keys() == trained.keys() and _fits(self._averages, trained)):
+                check_model(source)
+                self._begin(found)
+        self._begun = True
+        return frozenset(id(module) for module in found.modules.values() if module.training)
+
+    def take_in(self) -> bool:
+        """Take in what was noted: a step, or weights that were loaded. Whether there was a step."""
+        source, steps = self.source, self._running_steps()
+        return source is not None and steps is not None and self._take_in(steps, parts(source), passing=False)
+
+    def _take_in(self, steps: Steps, found: Parts, *, passing: bool) -> bool:
+        if steps.loaded():
+            if self._num_updates:
+                warnings.warn(
+                    "weights were loaded into the attached model after its average was begun, which restarts from "
+                    "them; to go on with it, load the state_dict of the criterion as well",
+                    stacklevel=2,
+                )
+            self.restart()
+        stepped = steps.taken(found.parameters, passing)
+        if stepped:
+            self._average(found)
         return stepped
 
     def restart(self) -> None:
         """Begin again from the model's present weights and statistics, with no updates made."""
         self._num_updates = self._num_passes = 0
-        self._begun = False
-        self._begin()
+        self._begin(parts(self._present()))
         self._forget_steps()
 
     def update(self) -> None:
@@ -204,9 +217,8 @@ class EMATeacher(nn.Module):
             RuntimeError: the model is gone, or has no longer the parameters that are averaged.
         """
         if not self.take_in():
-            self._average(self._present())
+            self._average(parts(self._present()))
 
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the averaged model without a graph and without touching torch's random generators."""
         self.take_in()
@@ -214,23 +226,23 @@ class EMATeacher(nn.Module):
             return torch._dynamo.disable(self.run)(args, kwargs)  # type: ignore[no-untyped-call]
         return self.run(args, kwargs)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: list[bool] | None = None) -> Any:
-        """Run the averaged model, each module in its mode; None: in the model's, unless ``eval()`` was called."""
-        source = self._present()
-        found = self._fit(source)
-        self._num_passes += 1
-        devices = found.parameters.values()
-        with torch.inference_mode(False), torch.no_grad(), own_randomness(devices, self._num_passes - 1):
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: frozenset[int] | None = None) -> Any:
+        """Run the averaged model, with these modules in training mode; None: as they are, or as ``eval()`` says."""
+        model = self._present()
+        found = parts(model)
+        self._fit(found)
+        stream, self._num_passes = self._num_passes, self._num_passes + 1
+        with torch.inference_mode(False), torch.no_grad(), own_randomness(found.parameters.values(), stream):
             if self.module is not None:
                 for name, parameter in self.module.named_parameters():
                     if name in self._averages:
                         local(parameter.data).copy_(local(laid_out_as(self._averages[name], parameter)))
                 return self.module(*args, **kwargs)
             if self.mode == "eval" or (training is None and not self.training):
-                training = [False] * len(found.modules)
+                training = frozenset()
             averages = self._averages if self._num_updates else {}
             with averaged(found, averages, {} if self.mode == "eval" else self._statistics, training):
-                return source(*args, **kwargs)
+                return model(*args, **kwargs)
 
     def averaged_model(self) -> nn.Module:
         """A copy of the model that has the averages as its weights, in eval mode: for evaluation and export.
@@ -242,23 +254,18 @@ class EMATeacher(nn.Module):
             RuntimeError: ``forward`` of the model was replaced by a function, which may refer to the model.
             AssertionError: the model is sharded, and FSDP2 lets nobody copy it; see ``averages`` for the weights.
         """
-        averages, source = self.averages, self._present()
-        found = parts(source)
+        averages, model = self.averages, self._present()
         memo: dict[int, Any] = {}
-        for module in found.modules:
+        for module in model.modules():
             if not isinstance(vars(module).get("forward", module.forward), types.MethodType):
                 raise RuntimeError(
                     f"forward of {type(module).__name__} was replaced by a function, whose copy would run the model "
                     "itself; call the teacher after teacher.eval() instead"
                 )
-            results = [
-                value for value in vars(module).values() if isinstance(value, Tensor)
-            ]  # cannot be copied as such
+            results = [value for value in vars(module).values() if isinstance(value, Tensor)]  # have graphs: no copies
             memo.update({id(value): value.detach().clone() for value in results})
-        with torch.no_grad(), averaged(found, averages, self._statistics):
-            twin = copy.deepcopy(source, memo).eval()
-        for name, parameter in parts(twin).parameters.items():
-            parameter.requires_grad = found.parameters[name].requires_grad
+        twin = copy.deepcopy(model, memo).eval()
+        nn.Module.load_state_dict(twin, {**averages, **self._statistics}, strict=False)
         return twin
 
     def extra_repr(self) -> str:
@@ -275,63 +282,47 @@ class EMATeacher(nn.Module):
             )
         return source
 
-    def _forget_steps(self) -> None:
+    def _running_steps(self) -> Steps | None:
+        return None if self._steps is None else self._steps()
+
+    def _forget_steps(self, *, restored: bool = False) -> None:
         """Drop steps that were not taken in yet: the state is another from now on."""
-        steps = self._steps() if self._steps else None
+        self._begun = False
+        steps = self._running_steps()
         if steps is not None:
-            steps.restart()
+            steps.forget(restored=restored)
 
-    def _begin(self) -> None:
+    def _begin(self, found: Parts) -> None:
         """Let averages and, before the first pass, running statistics be the model's."""
-        if self.source is not None:
-            self._averages = self._trained()
-            if self._num_passes == 0:
-                self._statistics = {name: t.detach().clone() for name, t in parts(self.source).statistics.items()}
+        self._averages = _averages_of(found)
+        if self._num_passes == 0:
+            self._statistics = {name: tensor.detach().clone() for name, tensor in found.statistics().items()}
 
-    def _fits(self) -> bool:
-        shapes = {name: average.shape for name, average in self._averages.items()}
-        return shapes == {n: p.shape for n, p in parts(self._present()).parameters.items() if p.requires_grad}
-
-    def _trained(self) -> dict[str, Tensor]:
-        parameters = parts(self._present()).parameters
-        return {name: _average_of(parameter) for name, parameter in parameters.items() if parameter.requires_grad}
-
-    def _fit(self, source: nn.Module) -> Parts:
-        """Bring each average to where its parameter is, and raise before if the model has no parameter like it."""
-        found = parts(source)
-        if any(hasattr(type(module), "reshard") for module in found.modules):
-            reshard(found.modules)
-            found = parts(source)
-        parameters = found.parameters
+    def _fit(self, found: Parts) -> None:
+        """Bring each average to where its parameter is, and raise if the model has no parameter like it."""
         for name, average in self._averages.items():
-            if name not in parameters or parameters[name].shape != average.shape:
-                now = f"has shape {tuple(parameters[name].shape)} now" if name in parameters else "is gone"
+            parameter = found.parameters.get(name)
+            if parameter is None or parameter.shape != average.shape:
+                now = "is gone" if parameter is None else f"has shape {tuple(parameter.shape)} now"
                 raise RuntimeError(
                     f"the model has changed since its average was begun: its parameter {name!r} of shape "
                     f"{tuple(average.shape)} {now}; call criterion.detach() and criterion.attach(model), or restart() "
                     "of an EMATeacher on its own, to begin a new one"
                 )
-        for name, average in self._averages.items():
-            wanted = parameters[name]
-            dtype = wanted.dtype if wanted.dtype == average.dtype else torch.promote_types(wanted.dtype, torch.float32)
-            if average.dtype != dtype or average.device != wanted.device or is_sharded(average) != is_sharded(wanted):
-                self._averages[name] = laid_out_as(average.to(dtype), wanted)
-        return found
+            moved = average.dtype != parameter.dtype or average.device != parameter.device
+            if moved or (type(average) is Tensor) != (type(parameter) is nn.Parameter):  # or sharded
+                self._averages[name] = laid_out_as(average.to(_precise(parameter.dtype)), parameter)
 
     @torch.no_grad()
-    def _average(self, source: nn.Module) -> None:
-        parameters = self._fit(source).parameters
-        added = {name: p for name, p in parameters.items() if p.requires_grad and name not in self._averages}
-        self._averages.update({name: _average_of(parameter) for name, parameter in added.items()})
+    def _average(self, found: Parts) -> None:
+        self._fit(found)
+        self._averages.update(_averages_of(found, but=self._averages))
         self._num_updates += 1
         decay = min(1.0 - 1.0 / (self._num_updates + 1), self.decay)
         averages = [local(average) for average in self._averages.values()]
-        values = [
-            local(parameters[name].detach()).to(a.dtype) for name, a in zip(self._averages, averages, strict=True)
-        ]
         if averages:
             torch._foreach_mul_(averages, decay)
-            torch._foreach_add_(averages, values, alpha=1.0 - decay)
+            torch._foreach_add_(averages, [local(found.parameters[name]) for name in self._averages], alpha=1.0 - decay)
 
     def _entries(self) -> dict[str, Tensor]:
         """What a checkpoint holds: tensors alone."""
@@ -348,23 +339,36 @@ class EMATeacher(nn.Module):
         destination.update({prefix + key: value for key, value in self._entries().items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        missing, unexpected = args[2], args[3]
+        _, _, missing_keys, unexpected_keys, error_msgs = args
         state = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        parameters = parts(self.source).parameters if self.source is not None else {}
+        if not state:
+            warnings.warn(
+                f"the checkpoint has no state of {type(self).__name__}; its average restarts from the model's present "
+                "weights",
+                stacklevel=2,
+            )
+            self.restart()
+            return
+        own, found = self._entries(), Parts({}, {}) if self.source is None else parts(self.source)
         if "_extra_state" in state:
-            state = _from_copies(state, self._entries(), parameters)
-        later = {n: p for n, p in parameters.items() if n not in self._averages and _key("averages", n) in state}
-        self._averages.update({name: _average_of(parameter) for name, parameter in later.items()})
-        entries, own = nn.Module(), self._entries()
-        for key, tensor in own.items():
-            entries.register_buffer(key, tensor)
-        state = {key: laid_out_as(value, own[key]) if key in own else value for key, value in state.items()}
-        absent, unknown = entries.load_state_dict(state, strict=False)
-        missing += [prefix + key for key in absent]
-        unexpected += [prefix + key for key in unknown]
-        self._num_updates, self._num_passes = (int(entries.get_buffer(name)) for name in COUNTERS)
-        self._restored = True
-        self._forget_steps()
+            state = {k: v for k, v in _from_copies(state).items() if k in own or self.source is None}
+        wanted = {**self._averages, **self._statistics, **found.parameters, **found.statistics()}
+        names = {name.replace(".", "/"): name for name in wanted}
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            name = names.get(name, name.replace("/", "."))
+            if key in COUNTERS:
+                setattr(self, f"_{key}", int(value))
+            elif kind not in KINDS or (name not in wanted and self.source is not None):
+                unexpected_keys.append(prefix + key)
+            elif name in wanted and wanted[name].shape != value.shape:
+                shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(wanted[name].shape)} in the model"
+                error_msgs.append(f"size mismatch for {key}: {shapes}")
+            else:
+                value = laid_out_as(value, wanted[name]) if name in wanted else value
+                getattr(self, f"_{kind}")[name] = value.detach().clone()
+        missing_keys += [prefix + key for key in own if key not in state]
+        self._forget_steps(restored=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy follows no model until it is told to."""
@@ -377,18 +381,29 @@ def _key(kind: str, name: str) -> str:
     return f"{kind}/{name.replace('.', '/')}"
 
 
-def _average_of(tensor: Tensor) -> Tensor:
-    """A copy of a floating tensor in at least float32."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to(dtype, copy=True)
+def _fits(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether each of the first has the shape of one of its name."""
+    return all(name in others and others[name].shape == tensor.shape for name, tensor in tensors.items())
 
 
-def _from_copies(state: dict[str, Any], entries: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _averages_of(found: Parts, but: Container[str] = ()) -> dict[str, Tensor]:
+    """Copies of the parameters that are trained, in at least float32."""
+    trained = {name: parameter.detach() for name, parameter in found.trained().items() if name not in but}
+    return {name: parameter.to(_precise(parameter.dtype), copy=True) for name, parameter in trained.items()}
+
+
+def _from_copies(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of the first teachers, which were copies of the model, as one of today."""
-    averages = {name: state.get("average_" + name.replace(".", "__")) for name in parameters}
-    values = {name: state.get("module." + name) if average is None else average for name, average in averages.items()}
-    new = {_key("averages", name): value for name, value in values.items() if _key("averages", name) in entries}
+    counts = state["_extra_state"]
+    new = {"num_updates": torch.tensor(counts["num_updates"]), "num_passes": torch.tensor(counts["streams"])}
     for key, value in state.items():
-        new.update({k: value for k in entries if k == _key("statistics", key.removeprefix("module."))})
-    extra = state["_extra_state"]
-    return {**new, "num_updates": torch.tensor(extra["num_updates"]), "num_passes": torch.tensor(extra["streams"])}
+        kind, _, name = key.partition(".")
+        if kind == "module":
+            own = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+            average = state.get("average_" + name.replace(".", "__"), value)
+            new[_key("statistics" if own else "averages", name)] = average
+    return new

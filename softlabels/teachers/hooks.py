@@ -7,11 +7,15 @@ import contextlib
 import copy
 import functools
 import operator
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+OPTIONS = ("_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
 class Hook:
@@ -34,6 +38,11 @@ class Hook:
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
+def hang(target: object, method: str, register: Callable[..., Any], **options: Any) -> weakref.finalize[..., Any]:
+    """Register a hook that goes when its target goes, or when what is returned is called."""
+    return weakref.finalize(target, register(Hook(target, method), **options).remove)
+
+
 class Scriptable:
     """What torch.jit.script calls as ``model.__prepare_scriptable__()``: the model without hooks.
 
@@ -47,16 +56,39 @@ class Scriptable:
         self._model = weakref.ref(model)
 
     def __call__(self) -> nn.Module:
-        """Return a shallow copy."""
+        """Return a shallow copy.
+
+        Raises:
+            RuntimeError: the model is a part of what is scripted, where torch would leave the copy in its place.
+        """
+        if sys._getframe(1).f_locals.get("memo"):
+            raise RuntimeError(
+                "a part of the module is attached to a loss, which torch.jit.script would undo; script a copy: "
+                "torch.jit.script(copy.deepcopy(module))"
+            )
         model = self._model()
         assert model is not None
         twin = copy.copy(model)
         twin.__dict__.pop(self.NAME)
         twin.__dict__["_modules"] = dict(model._modules)
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for name in HOOKS:
             kept = {key: hook for key, hook in getattr(model, name).items() if not isinstance(hook, Hook)}
             twin.__dict__[name] = collections.OrderedDict(kept)
         return twin
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return functools.partial, (operator.itemgetter(0), (self._model(),))
+        """In a copy, a function that returns the copy; to make it takes the hooks out."""
+        model = self._model()
+        ours = [key for name in HOOKS for key, hook in getattr(model, name).items() if isinstance(hook, Hook)]
+        taken = [_Taken(getattr(model, name), key) for name in HOOKS + OPTIONS for key in ours]
+        return functools.partial, (operator.itemgetter(0), (model, *taken))
+
+
+class _Taken:
+    """What stands in an ordered dict; in a copy it is taken out of the copied one."""
+
+    def __init__(self, held: collections.OrderedDict[int, Any], key: int) -> None:
+        self._held, self._key = held, key
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return collections.OrderedDict.pop, (self._held, self._key, None)

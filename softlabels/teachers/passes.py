@@ -18,28 +18,36 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from softlabels.teachers.averaged_weights import parts
-from softlabels.teachers.hooks import Hook, Scriptable
-from softlabels.teachers.structures import Output, find_logits, rebuilt, tensors
+from softlabels.teachers.hooks import Scriptable, hang
+from softlabels.teachers.structures import Output, outputs, rebuilt
 
 Node = Any  # torch.autograd.graph.Node, and what it saved
-Way = Any  # the nodes between a mark and a loss's input, the mark's first: (node, index of its output, rest) or ()
+Way = Any  # from a mark to a loss's input, () or: (node, which of its outputs, from which of its inputs, the rest)
 
-LOGITS = -1
 COMPILED = "CompiledFunctionBackward"
-MOVING = ("AsStrided", "Cat", "Flip", "Gather", "Index", "IndexSelect", "MaskedSelect", "Roll", "Sort", "Stack", "Topk")
-RESHAPING = ("ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View")
-VIEWS: dict[str, Callable[[Any, Node, int], Any]] = {
-    "Expand": lambda t, node, index: t.expand(_shape(node, index)),
-    "Permute": lambda t, node, _: t.permute([_signed(d) for d in node._saved_dims]),
-    "Select": lambda t, node, _: t.select(_signed(node._saved_dim), _signed(node._saved_index)),
-    "Slice": lambda t, node, _: t.movedim(_signed(node._saved_dim), 0)[
-        _signed(node._saved_start) : _signed(node._saved_end) : node._saved_step
-    ].movedim(0, _signed(node._saved_dim)),
-    "Split": lambda t, node, index: t.split(node._saved_split_size, _signed(node._saved_dim))[index],
-    "T": lambda t, node, _: t.t(),
-    "Transpose": lambda t, node, _: t.transpose(_signed(node._saved_dim0), _signed(node._saved_dim1)),
-    "Unbind": lambda t, node, index: t.unbind(_signed(node._saved_dim))[index],
+MOVING = {
+    *("AsStrided", "Cat", "Flip", "Gather", "Index", "IndexSelect", "MaskedSelect"),
+    *("Roll", "Rot90", "Sort", "Stack", "Take", "Topk"),
+}
+WRITING = {
+    "IndexAdd",
+    "IndexCopy",
+    "IndexPut",
+    "MaskedScatter",
+    "Scatter",
+    "ScatterAdd",
+}  # their others into their first
+RESHAPING = {"ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"}
+VIEWS = {  # what repeats them, and what their nodes know of its arguments
+    "Permute": ("permute", "dims"),
+    "Repeat": ("repeat", "repeats"),
+    "Select": ("select", "dim", "index"),
+    "Slice": ("slice", "dim", "start", "end", "step"),
+    "Split": ("split", "split_size", "dim"),
+    "SplitWithSizes": ("split_with_sizes", "split_sizes", "dim"),
+    "T": ("t",),
+    "Transpose": ("transpose", "dim0", "dim1"),
+    "Unbind": ("unbind", "dim"),
 }
 
 
@@ -47,21 +55,22 @@ class Pass:
     """One training pass: its inputs until the teacher was asked about them, then its answers, output by output.
 
     Args:
-        model: The model.
         args: Positional arguments.
         kwargs: Keyword arguments.
+        training: The modules that are in training mode, by id; None where that is not known.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.answers: dict[int, Tensor] | None = None  # by position among the tensors of the output; logits: LOGITS
-        self.args, self.kwargs = args, kwargs
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: frozenset[int] | None) -> None:
+        self.answers: dict[int, Tensor] = {}  # by position in the output
+        self.args, self.kwargs, self.training = args, kwargs, training
         self.autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in _device_types()]
-        self.training: list[bool] | None = None
-        self.versions: list[int] = []
+        self.versions: list[tuple[Tensor, int]] = []
         if not torch.compiler.is_compiling():  # a compiler knows neither versions nor copies of objects
-            self.args, self.kwargs = rebuilt(args), rebuilt(kwargs)
-            self.versions = [_version(tensor) for tensor in tensors((args, kwargs))]
-            self.training = [module.training for module in parts(model).modules]
+            self.args, self.kwargs = rebuilt(args, self._noted), rebuilt(kwargs, self._noted)
+
+    def _noted(self, tensor: Tensor) -> Tensor:
+        self.versions.append((tensor, _version(tensor)))
+        return tensor
 
     def arguments(self, caches: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs; ``caches``: also where the model writes to one.
@@ -75,7 +84,7 @@ class Pass:
                     f"the model was given a cache of its own ({name!r}), and writes to it; train without it "
                     "(use_cache=False), or let attach(..., teacher_inputs=...) leave it out"
                 )
-        if self.versions and self.versions != [_version(tensor) for tensor in tensors((self.args, self.kwargs))]:
+        if any(_version(tensor) != version for tensor, version in self.versions):
             raise RuntimeError(
                 "the inputs of this training pass have been written to since it began, so the teacher would see "
                 "something else; do not change them in place before the loss is computed"
@@ -84,11 +93,11 @@ class Pass:
 
     @contextmanager
     def autocast_state(self) -> Iterator[None]:
-        """Restore the autocast state of the pass, without its cache of cast weights."""
+        """Restore the autocast state of the pass."""
         with ExitStack() as stack:
             for kind, enabled, dtype in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
             yield
 
 
@@ -96,26 +105,22 @@ class Passes:
     """Marks the training passes of a model for one loss, and finds them again.
 
     Args:
-        model: The model; what it calls of itself within a pass is no pass.
+        model: The model, not kept alive; what it calls of itself within a pass is no pass.
         output: Where its logits are.
-        begin: Called before each training pass.
+        begin: Called before each training pass; tells which modules are in training mode.
     """
 
-    def __init__(self, model: nn.Module, output: Output, begin: Callable[[], object]) -> None:
+    def __init__(self, model: nn.Module, output: Output, begin: Callable[[], frozenset[int] | None]) -> None:
         self.model = weakref.ref(model)
         self._output, self._begin = output, begin
         self._key = object()
         self._running: dict[int, list[Pass | None]] = {}  # by thread: calls of the model that have not returned
-        self._unmarked: tuple[Any, ...] = (
-            None,
-        ) * 4  # passes of compiled hooks, which see no graph, with their outputs
-        self.handles: list[Any] = [
-            model.register_forward_pre_hook(Hook(self, "before"), prepend=True, with_kwargs=True),
-            model.register_forward_hook(Hook(self, "after"), always_call=True),
-        ]
+        self._unmarked: tuple[Any, ...] = (None,) * 4  # passes, with outputs, of compiled hooks, which see no graph
+        self.hooks = (
+            hang(self, "before", model.register_forward_pre_hook, prepend=True, with_kwargs=True),
+            hang(self, "after", model.register_forward_hook, always_call=True),
+        )
         model.__dict__.setdefault(Scriptable.NAME, Scriptable(model))
-        for handle in self.handles:
-            weakref.finalize(self, handle.remove)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
@@ -126,9 +131,8 @@ class Passes:
         if running and not compiling and not _is_nested(module):
             running.clear()  # calls that were interrupted
         counts = not running and module.training and torch.is_grad_enabled()
-        if counts and not compiling:
-            self._begin()
-        running.append(Pass(module, args, kwargs) if counts else None)
+        training = self._begin() if counts and not compiling else None
+        running.append(Pass(args, kwargs, training) if counts else None)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """Forward hook."""
@@ -143,9 +147,7 @@ class Passes:
             self._mark(seen, result)
 
     def _mark(self, seen: Pass, result: Any) -> None:
-        logits = None if callable(self._output) else find_logits(result, self._output)
-        outputs = [(position, tensor) for position, tensor in enumerate(tensors(result)) if tensor is not logits]
-        for position, tensor in [(LOGITS, logits), *outputs] if isinstance(logits, Tensor) else outputs:
+        for position, tensor in outputs(result, None if callable(self._output) else self._output).items():
             if tensor.grad_fn is not None:
                 marks: dict[int, Any] = tensor.grad_fn.metadata.setdefault(self._key, {})  # type: ignore[attr-defined]
                 if tensor.output_nr not in marks or marks[tensor.output_nr][0] is not seen:
@@ -162,7 +164,7 @@ class Passes:
             self._mark(*entry)
         waiting: list[tuple[Node, int, Way]] = [(logits.grad_fn, logits.output_nr, ())]
         found: list[tuple[Pass, int, Way, torch.Size]] = []
-        visited: set[Any] = set()
+        visited: set[Any] = {(None, 0)}
         for node, index, way in waiting:
             marks = node.metadata.get(self._key, {}) if node is not None else {}
             if marks and node.name() == COMPILED and index not in marks:
@@ -170,11 +172,13 @@ class Passes:
             if index in marks:
                 found.append((*marks[index], way, _shape(node, index)))
             elif node is not None:
-                edges = [edge for edge in node.next_functions if edge[0] is not None]
+                edges = list(enumerate(node.next_functions))
                 if 1 < len(edges) == len(node._input_metadata) and isinstance(node, BackwardCFunction):
                     edges = [edges[index]]  # a hook's node, which hands each tensor on
-                waiting += [(*edge, (node, index, way)) for edge in edges if edge not in visited]
-                visited.update(edges)
+                for number, edge in edges:
+                    if edge not in visited:
+                        visited.add(edge)
+                        waiting.append((*edge, (node, index, number, way)))
         if len({(seen, callable(self._output) or position) for seen, position, _, _ in found}) > 1:
             raise RuntimeError(
                 "the loss was given logits made of several outputs or training passes of the attached model; call it "
@@ -185,27 +189,33 @@ class Passes:
         return found[0] if found else None
 
 
-def same_rows(logits: Tensor, way: Way) -> Tensor:
-    """Lay out a teacher's logits as the model's were on their way from the model to the loss.
+def same_rows(logits: Tensor, way: Way) -> Tensor | None:
+    """Lay out a teacher's logits as the model's were on their way from the model to the loss; None if it is not clear.
 
     Raises:
         RuntimeError: rows were picked or moved.
     """
     while way:
-        node, index, way = way
+        node, index, number, way = way
         name = node.name().split("Backward")[0]
-        if name in MOVING:
+        if name in MOVING or (name in WRITING and number):
             raise RuntimeError(
                 f"the loss was given rows picked from the model's logits of shape {tuple(logits.shape)}, perhaps in "
                 "another order, which the teacher's do not follow; let attach(..., output=...) do the same to what the "
                 "teacher returns, or reorder the targets instead"
             )
+        shape = _shape(node, index)
         if name in VIEWS:
-            logits = VIEWS[name](logits, node, index)
+            function, *arguments = VIEWS[name]
+            saved = [_signed(getattr(node, f"_saved_{argument}")) for argument in arguments]
+            views = getattr(torch.ops.aten, function)(logits, *saved)
+            logits = views if isinstance(views, Tensor) else views[index]
         elif name in RESHAPING:
-            logits = logits.reshape(_shape(node, index))
-        if logits.shape != _shape(node, index):
-            break
+            logits = logits.reshape(shape)
+        elif name == "Expand":
+            logits = logits.expand(shape)
+        if logits.shape != shape:
+            return None
     return logits
 
 
@@ -213,9 +223,9 @@ def _shape(node: Node, index: int) -> torch.Size:
     return torch.Size(node._input_metadata[index].shape)
 
 
-def _signed(number: int) -> int:
+def _signed(saved: Any) -> Any:
     """Nodes show negative numbers as unsigned ones."""
-    return number - 2**64 if number >= 2**63 else number
+    return [_signed(number) for number in saved] if isinstance(saved, tuple) else (saved + 2**63) % 2**64 - 2**63
 
 
 def _version(tensor: Tensor) -> int:

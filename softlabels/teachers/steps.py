@@ -7,8 +7,8 @@ while have finished. Several optimizers that step between two looks make one ste
 
 from __future__ import annotations
 
+import functools
 import gc
-import threading
 import weakref
 from typing import Any
 
@@ -17,27 +17,23 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from softlabels.teachers.averaged_weights import local
-from softlabels.teachers.hooks import Hook
+from softlabels.teachers.hooks import hang
 
 HOST = "cpu"
 SAMPLED, ENTRIES = 16, 64  # parameters, and entries of each, that tell whether weights have changed
 PATIENCE = 4  # looks after which an average on an accelerator is asked for the first time whether it stands still
 
-_lock = threading.Lock()
-_listening: tuple[weakref.ref[Steps], ...] | None = None  # replaced, never changed: other threads may be stepping
+_listening: dict[int, weakref.ref[Steps]] = {}
 
 
-def _listen(steps: Steps) -> None:
-    """Let a model's steps be noted, through one hook for all that stays: hooks must not change while others step."""
-    global _listening
-    with _lock:
-        if _listening is None:
-            register_optimizer_step_post_hook(_note)
-        _listening = (*(ref for ref in _listening or () if ref() is not None), weakref.ref(steps))
+@functools.cache
+def _listen() -> None:
+    """Hear of all steps through one hook that stays: hooks must not change while another thread steps."""
+    register_optimizer_step_post_hook(_note)
 
 
 def _note(optimizer: Optimizer, *_: Any) -> None:
-    for reference in _listening or ():
+    for reference in tuple(_listening.values()):
         steps = reference()
         if steps is not None:
             steps.note(optimizer)
@@ -58,32 +54,39 @@ class Steps:
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; or False, if you call "
                 "criterion.teacher.update() yourself"
             )
-        self.loaded = False  # weights were loaded into the model
         self._only = [weakref.ref(counting) for counting in _inside(optimizer)]
-        self._noted = False
-        self._found_inf: Tensor | None = None  # of steps that their own GradScaler may have skipped
         self._known = optimizer is False  # whether it is known who makes the steps
         self._mine: set[int] = set()
-        self._sample: list[Tensor] = []
         self._looks = 0
+        self.forget()
         for module in model.modules():
-            handle = module.register_load_state_dict_post_hook(Hook(self, "_load"))  # type: ignore[no-untyped-call]
-            weakref.finalize(self, handle.remove)
+            hang(self, "_load", module.register_load_state_dict_post_hook)
         if optimizer is not False:
-            _listen(self)
+            _listen()
+            _listening[id(self)] = weakref.ref(self)
+            weakref.finalize(self, _listening.pop, id(self))
+
+    def forget(self, *, restored: bool = False) -> None:
+        """Forget all that happened: the average begins anew, or has been loaded (``restored``)."""
+        self._noted = self._loaded = False
+        self._restored = restored
+        self._found_inf: Tensor | None = None  # of steps that their own GradScaler may have skipped
+        self._sample: tuple[Any, Tensor] | None = None
 
     def note(self, optimizer: Optimizer) -> None:
         """Note a step of an optimizer, if it counts."""
-        if self._only and not any(reference() is optimizer for reference in self._only):
-            return
-        if not self._only and not _owns(optimizer, self._mine):
-            return
+        counts = any(ref() is optimizer for ref in self._only) if self._only else _owns(optimizer, self._mine)
         found_inf = getattr(optimizer, "found_inf", None)
-        self._known, self._sample = True, []
-        if found_inf is None:
-            self._noted = True
-        else:
-            self._found_inf = found_inf if self._found_inf is None else torch.minimum(self._found_inf, found_inf)
+        if counts:
+            self._known, self._sample = True, None
+            self._noted = self._noted or found_inf is None
+            if found_inf is not None:
+                self._found_inf = found_inf if self._found_inf is None else torch.minimum(self._found_inf, found_inf)
+
+    def loaded(self) -> bool:
+        """Whether weights were loaded into the model since the last look, and not the average with them."""
+        loaded, self._loaded = self._loaded and not self._restored, False
+        return loaded
 
     def taken(self, parameters: dict[str, nn.Parameter], passing: bool) -> bool:
         """Whether there was a step since the last look, which this is; ``passing``: in a training pass.
@@ -92,40 +95,31 @@ class Steps:
         unscaling, it is called with ``found_inf`` set. (Reading that flag is the one place where an accelerator is
         waited for: fused optimizers under a GradScaler.) Where nobody's steps are known, changed weights are a step.
         """
-        found_inf, noted = self._found_inf, self._noted
-        self.clear()
+        stepped = self._noted or (self._found_inf is not None and not bool(self._found_inf))
+        self._noted, self._found_inf = False, None
         self._mine = {id(parameter) for parameter in parameters.values()}
-        if noted or (found_inf is not None and not bool(found_inf)):
-            return True
-        if self._known or not (passing or self._sample):
-            return False
-        return self._changed([p for p in parameters.values() if p.requires_grad])
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        if trained and not (stepped or self._known) and (passing or self._sample is not None):
+            stepped = self._changed(trained)
+        self._restored = self._restored and not (passing or stepped)
+        return stepped
 
-    def clear(self) -> None:
-        """Forget what was noted."""
-        self._found_inf, self._noted = None, False
-
-    def restart(self) -> None:
-        """Forget all that happened: the average begins anew, or has been loaded."""
-        self.clear()
-        self.loaded = False
-        self._sample = []
-
-    def _changed(self, parameters: list[nn.Parameter]) -> bool:
+    def _changed(self, parameters: dict[str, nn.Parameter]) -> bool:
         """Whether a sample of the weights has changed, of which no optimizer is known.
 
         Raises:
             RuntimeError: they have, and to see each change the device would have to be waited for.
         """
         self._looks += 1
-        here = all(parameter.device.type == HOST for parameter in parameters)
+        here = all(parameter.device.type == HOST for parameter in parameters.values())
         if not here and (self._looks < PATIENCE or self._looks & (self._looks - 1)):  # asked at 4, 8, 16, ... looks
             return False
-        chosen = parameters[:: max(len(parameters) // SAMPLED, 1)] + parameters[-1:]
-        before, self._sample = self._sample, [_entries(parameter) for parameter in chosen]
-        if [(t.shape, t.dtype, t.device) for t in before] != [(t.shape, t.dtype, t.device) for t in self._sample]:
-            return False
-        if all(t.is_meta or torch.equal(t, u) for t, u in zip(before, self._sample, strict=True)):
+        names = list(parameters)
+        names = names[:: max(len(names) // SAMPLED, 1)] + names[-1:]
+        entries = torch.cat([_entries(parameters[name]).to(parameters[names[0]].device) for name in names])
+        kind = (names, entries.shape, entries.dtype, entries.device)
+        before, self._sample = self._sample, (kind, entries)
+        if before is None or before[0] != kind or entries.is_meta or torch.equal(before[1], entries):
             return False
         if _is_owned(self._mine):
             self._known = True  # the weights were changed in the middle of a step, as by SAM, or by hand
@@ -138,13 +132,13 @@ class Steps:
             "each step"
         )
 
-    def _load(self, module: nn.Module, *_: Any) -> None:
-        self.loaded = True
+    def _load(self, *_: Any) -> None:
+        self._loaded = True
 
 
 def _entries(parameter: nn.Parameter) -> Tensor:
     values = local(parameter.detach()).flatten()
-    return values[:: max(len(values) // ENTRIES, 1)].clone()
+    return values[:: max(len(values) // ENTRIES, 1)]
 
 
 def _owns(optimizer: Optimizer, mine: set[int]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, jit, nn
 from torch.nn.utils.rnn import PackedSequence
 
 Output = str | int | Callable[[Any], Tensor] | None
+LOGITS = -1
 DEPTH = 8  # containers inside containers; an object counts for three, since objects may refer to each other in circles
 
 
@@ -17,11 +18,12 @@ def tensors(value: Any, depth: int = DEPTH) -> Iterator[Tensor]:
     """All tensors in a structure, in their order."""
     if isinstance(value, Tensor):
         yield value
-    for _, item in _entries(value, depth):
-        yield from tensors(item, _deeper(value, depth))
+    else:
+        for _, item in _entries(value, depth):
+            yield from tensors(item, _deeper(value, depth))
 
 
-def rebuilt(value: Any, change: Callable[[Tensor], Tensor] = lambda tensor: tensor, depth: int = DEPTH) -> Any:
+def rebuilt(value: Any, change: Callable[[Tensor], Tensor], depth: int = DEPTH) -> Any:
     """A structure of the same types: containers and objects are copied (copy.copy), tensors changed."""
     if isinstance(value, Tensor):
         return change(value)
@@ -78,6 +80,13 @@ def find_logits(result: Any, output: Output) -> Any:
     return getattr(result, "logits", None)
 
 
+def outputs(result: Any, output: str | int | None) -> dict[int, Tensor]:
+    """All tensors in what a model returned by their position, its logits first and as LOGITS."""
+    logits = find_logits(result, output)
+    others = {position: tensor for position, tensor in enumerate(tensors(result)) if tensor is not logits}
+    return {LOGITS: logits, **others} if isinstance(logits, Tensor) else others
+
+
 def like_parameters(value: Any, module: nn.Module) -> Any:
     """Tensors moved to the device of a module, floating ones to its dtype."""
     own = next((p for p in module.parameters() if p.is_floating_point()), None)
@@ -103,8 +112,13 @@ def check_model(model: Any) -> None:
     """Raise for what is no model, or has weights that are not the parameters that it names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if hasattr(module, "_fsdp_wrapped_module"):
-            raise TypeError("model is sharded by FullyShardedDataParallel (FSDP1); shard it with fully_shard (FSDP2)")
+    modules = list(model.modules())
+    sharded = any(hasattr(type(module), "reshard") for module in modules)  # by FSDP2, which leaves the same mark
+    for module in modules:
+        if hasattr(module, "_fsdp_wrapped_module") or ("_fsdp_use_orig_params" in vars(module) and not sharded):
+            raise TypeError(
+                "model is sharded by FullyShardedDataParallel (FSDP1), or is only a part of what is sharded; shard it "
+                "itself with fully_shard (FSDP2)"
+            )
         if isinstance(module, jit.ScriptModule):
             raise TypeError("model holds a ScriptModule; attach to the module that it was made of, and train that")
