@@ -165,8 +165,8 @@ class AttachableLoss(SoftLabelLoss):
             raise RuntimeError(
                 f"{name} was given logits that come from no training forward pass of the attached model. Call the "
                 "model itself, model(x) and not model.forward(x), in training mode with grad enabled, and give the "
-                "loss what it returns (if the model was compiled and run before attach, or DataParallel runs it on several "
-                "devices, attach the wrapper); "
+                "loss what it returns (if the model was compiled and run before attach, or DataParallel runs it on "
+                "several devices, attach the wrapper); "
                 f"for a model in eval mode, pass {given}= to the call. For evaluation, use criterion.eval() or "
                 "torch.no_grad()"
             )
