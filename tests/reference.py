@@ -205,7 +205,7 @@ def differential_entropy(values: Sequence[Decimal], k: int, weights: Sequence[fl
             for (a, b), m in zip(itertools.pairwise(gaps), repeats[1:-1], strict=True)
             if m > 1
         ]
-        even = bool(beside_repeats) and sum(beside_repeats) / len(beside_repeats) > 2 / 3
+        even = len(beside_repeats) >= 10 and sum(beside_repeats) / len(beside_repeats) > 2 / 3
         few = len(distinct) < 50 and len(values) >= 2 * len(distinct)
         mass = [even or few or m > 16 for m in repeats]
         if mass.count(False) <= k:
@@ -250,3 +250,71 @@ def calibration_error(bins: Sequence[tuple[float, float, float]], norm: str) -> 
     if norm == "l2":
         return math.sqrt(sum(share * gap**2 for share, gap in gaps))
     return max(gap for _, gap in gaps)
+
+
+def spread_row(source: Row, label: Label, logits: Row) -> list[float]:
+    """Where the amount goes: as the source says, among the possible classes other than the label."""
+    others = [c for c, x in enumerate(logits) if x > -math.inf and (not isinstance(label, int) or c != label)]
+    if not others:
+        return [float(c == label) for c in range(len(logits))]
+    total = sum(source[c] for c in others)
+    return [(source[c] / total if total > 0 else 1.0 / len(others)) if c in others else 0.0 for c in range(len(logits))]
+
+
+def beta_smoothing_spread(
+    logits: Row, label: Label, class_weight: Row, draw: float, alpha: float, sources: Sequence[Row]
+) -> float:
+    """Sec. 6 with the mean of learned spreads in the place of the even one."""
+    amount = (1 - alpha) * (1 - draw)
+    spreads = [spread_row(source, label, logits) for source in sources]
+    soft = [
+        (1 - amount) * y_c + amount * sum(s[c] for s in spreads) / len(spreads)
+        for c, y_c in enumerate(label_mass(label, len(logits)))
+    ]
+    return soft_cross_entropy(soft, logits, class_weight)
+
+
+def neighbour_spread(logits: Sequence[Row], labels: Sequence[Label], counted: Sequence[bool]) -> list[list[float]]:
+    """The labels of the other rows that count, by the softmax of cosines over 0.1."""
+    centred = []
+    for row in logits:
+        log_q = log_softmax(row)
+        possible = [lq > -87 for lq in log_q]
+        mean = sum(x for x, p in zip(row, possible, strict=True) if p) / sum(possible)
+        centred.append([x - mean if p else 0.0 for x, p in zip(row, possible, strict=True)])
+    norms = [math.sqrt(sum(z * z for z in row)) or 1.0 for row in centred]
+    result = []
+    for i, row in enumerate(centred):
+        others = [j for j in range(len(logits)) if j != i and counted[j]]
+        weights = [
+            math.exp(sum(a * b for a, b in zip(row, centred[j], strict=True)) / norms[i] / norms[j] / 0.1)
+            for j in others
+        ]
+        spread = [0.0] * len(row)
+        for j, weight in zip(others, weights, strict=True):
+            for c, mass in enumerate(label_mass(labels[j], len(row))):
+                spread[c] += weight / sum(weights) * mass
+        result.append(spread)
+    return result
+
+
+class ClassProfiles:
+    """Per class the mean of all rows seen, until the newest n would weigh less than 1 - 0.98^n."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.rows = [[1.0 / num_classes] * num_classes for _ in range(num_classes)]
+        self.counts = [0.0] * num_classes
+
+    def record(self, predictions: Sequence[Row], labels: Sequence[Label], counted: Sequence[bool]) -> None:
+        k = len(self.rows)
+        masses = [label_mass(y, k) if c else [0.0] * k for y, c in zip(labels, counted, strict=True)]
+        for label in range(k):
+            n = sum(mass[label] for mass in masses)
+            if n > 0:
+                self.counts[label] += n
+                step = max(n / self.counts[label], 1 - 0.98**n)
+                means = [
+                    sum(m[label] * p[c] for m, p, kept in zip(masses, predictions, counted, strict=True) if kept) / n
+                    for c in range(k)
+                ]
+                self.rows[label] = [(1 - step) * a + step * b for a, b in zip(self.rows[label], means, strict=True)]

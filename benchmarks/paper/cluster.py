@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +22,10 @@ LOCAL = {
     # Dask would give a process up that was not replaced after 15 seconds, which importing torch may take, and wait on.
     "distributed.deploy.lost-worker-timeout": "365 days",
     "distributed.scheduler.no-workers-timeout": "5 minutes",  # runs fail when no process could be started again
+    # A process that trains should not be woken: profiles are off, and clocks tick seldom.
     "distributed.worker.profile.enabled": False,
-    # Dask would have malloc give memory back at once, and training pay for fetching it again.
-    "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1},
+    "distributed.admin.tick.interval": "5s",
+    "distributed.admin.system-monitor.interval": "30s",
 }
 
 
@@ -34,7 +36,7 @@ def local(workers: int) -> Iterator[Any]:
     from dask.distributed import Client, LocalCluster
 
     with (
-        dask.config.set(LOCAL),
+        dask.config.set({**LOCAL, "distributed.worker.multiprocessing-method": start_method()}),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -48,6 +50,17 @@ def local(workers: int) -> Iterator[Any]:
     ):
         print(f"{workers} processes; dashboard at {client.dashboard_link}", file=sys.stderr)
         yield client
+
+
+def start_method() -> str:
+    """How processes start: as forks of one that has imported what a run needs, so that it is imported once."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    from multiprocessing import forkserver
+
+    forkserver.set_forkserver_preload(["benchmarks.paper.worker", "distributed.nanny"])
+    forkserver.ensure_running()
+    return "forkserver"
 
 
 def dask_setup(worker: object) -> None:

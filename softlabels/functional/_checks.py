@@ -131,16 +131,14 @@ def check_like_rows(name: str, value: Tensor, input: Tensor, row_shape: torch.Si
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
-def check_teacher_logits(teacher_logits: Tensor, input: Tensor) -> None:
-    """Teacher logits are shaped like the student's."""
-    check_tensor("teacher_logits", teacher_logits)
-    check_device("teacher_logits", teacher_logits, input)
-    if teacher_logits.shape != input.shape:
-        raise ValueError(
-            f"teacher_logits must have the shape of input, {tuple(input.shape)}, got {tuple(teacher_logits.shape)}"
-        )
-    if not teacher_logits.is_floating_point():
-        raise TypeError(f"teacher_logits must be of a floating dtype, got {teacher_logits.dtype}")
+def check_like_logits(name: str, value: Tensor, input: Tensor) -> None:
+    """A floating tensor (teacher_logits, spread) is shaped like the logits."""
+    check_tensor(name, value)
+    check_device(name, value, input)
+    if value.shape != input.shape:
+        raise ValueError(f"{name} must have the shape of input, {tuple(input.shape)}, got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}")
 
 
 def check_input(input: Tensor, name: str = "input") -> None:

@@ -54,10 +54,17 @@ class Rows:
 
     def teacher_argument(self, teacher_logits: Tensor) -> Tensor:
         """Check the caller's teacher logits and bring them to (N, K, d1, ...) without their graph."""
-        _checks.check_teacher_logits(teacher_logits, self._callers_logits)
+        _checks.check_like_logits("teacher_logits", teacher_logits, self._callers_logits)
         teacher_logits = teacher_logits.detach().unsqueeze(0) if self.single else teacher_logits.detach()
         _warn_of_probabilities(teacher_logits)
         return teacher_logits
+
+    def spread_argument(self, spread: Tensor) -> Tensor:
+        """Check the caller's spread and bring it to (N, K, d1, ...) without its graph."""
+        _checks.check_like_logits("spread", spread, self._callers_logits)
+        if kernels.peek((spread < 0).any()):
+            raise ValueError(f"spread must hold numbers of at least 0, got {spread.min().item():g}")
+        return spread.detach().unsqueeze(0) if self.single else spread.detach()
 
     @property
     def _callers_logits(self) -> Tensor:
@@ -78,6 +85,11 @@ class Rows:
     def even(self, amount: Amount) -> kernels.Term:
         """An amount that is spread evenly over the classes."""
         return kernels.Even(amount, class_weight=self.class_weight)
+
+    def spread(self, amount: Amount, source: Tensor, index: Tensor | None = None) -> kernels.Term:
+        """An amount that goes to the classes besides the label, as rows of the logits' shape or of a table say."""
+        label = None if self.target.is_floating_point() else self.target
+        return kernels.Spread(amount, source, index, label, class_weight=self.class_weight)
 
     def prediction(
         self, amount: Amount, teacher_logits: Tensor, temperature: float, keep: int | None = None, shift: float = 0.0

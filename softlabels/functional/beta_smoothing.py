@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from softlabels import kernels
 from softlabels.functional import _checks
 from softlabels.functional._rows import Rows, prepare
+
+Spreads = Sequence[tuple[Tensor, Tensor | None]]  # sources and indices of kernels.Spread; none: an even spread
 
 
 def beta_smoothing_loss(
@@ -17,6 +21,7 @@ def beta_smoothing_loss(
     *,
     alpha: float = 0.4,
     concentration: float = 3.0,
+    spread: Tensor | None = None,
     generator: torch.Generator | None = None,
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -48,6 +53,10 @@ def beta_smoothing_loss(
         concentration: The parameter $a$ of Beta(a, 1), greater than 0; the mean draw is $a / (a + 1)$. Infinity is
             plain cross-entropy. With the defaults the true class gets 0.85 on average; see
             [`softlabels.tuning.beta_concentration`][].
+        spread: Where the amount that leaves the label goes: non-negative numbers of the shape of ``input``. The label's
+            own is left out and the others are scaled to sum to 1; no gradient flows to them. Of a table of class
+            profiles (K, K), pass ``profiles[target]``. A row of zeros, or None for all, is an even spread. For class
+            probabilities $y$ as the target, $t = (1 - u) y + u\,o$ with all of the spread $o$.
         generator: Source of the random numbers; None uses torch's default on the device of ``input``. A generator
             breaks the graph of torch.compile.
         weight: Class weights of shape (K,), any floating dtype: $w_c$ multiplies the term of class $c$.
@@ -82,7 +91,8 @@ def beta_smoothing_loss(
     rows = prepare(input, target, weight, sample_weight, ignore_index, reduction)
     if confidence is not None:
         confidence = rows.row_argument("confidence", confidence)
-    return beta_smoothing(rows, confidence, alpha, concentration, generator)
+    spreads = [] if spread is None else [(rows.spread_argument(spread), None)]
+    return beta_smoothing(rows, confidence, alpha, concentration, generator, spreads)
 
 
 def beta_smoothing(
@@ -91,6 +101,7 @@ def beta_smoothing(
     alpha: float,
     concentration: float,
     generator: torch.Generator | None,
+    spreads: Spreads = (),
     *,
     joint: bool = False,
     known: kernels.Statistics | None = None,
@@ -101,35 +112,39 @@ def beta_smoothing(
             "input is a DTensor, and Beta smoothing ranks and draws for rows that one process can see: pass "
             "input.full_tensor(), with the target, confidence and weights of the same rows as plain tensors"
         )
-    amount = _amounts(rows, confidence, alpha, concentration, generator, joint)
-    return rows.loss(*_terms(rows, amount), total=1.0, known=known)
+    amount = _amounts(rows, confidence, _most(rows, alpha, spreads), concentration, generator, joint)
+    return rows.loss(*_terms(rows, amount, spreads), total=1.0, known=known)
 
 
-def mean_smoothing(rows: Rows, alpha: float, concentration: float) -> Tensor:
-    """Label smoothing of checked arguments by the mean of the amounts."""
-    return rows.loss(*_terms(rows, _most(rows, alpha) / (concentration + 1.0)), total=1.0)
+def mean_smoothing(rows: Rows, alpha: float, concentration: float, spreads: Spreads = ()) -> Tensor:
+    """Smoothing of checked arguments by the mean of the amounts."""
+    return rows.loss(*_terms(rows, _most(rows, alpha, spreads) / (concentration + 1.0), spreads), total=1.0)
 
 
-def _terms(rows: Rows, amount: kernels.Amount) -> tuple[kernels.Term, ...]:
+def _terms(rows: Rows, amount: kernels.Amount, spreads: Spreads) -> tuple[kernels.Term, ...]:
     label = torch.rsub(amount, 1.0) if isinstance(amount, Tensor) else 1.0 - amount
-    return rows.even(amount), rows.label(label)
+    if not spreads:
+        return rows.even(amount), rows.label(label)
+    return *(rows.spread(amount / len(spreads), *spread) for spread in spreads), rows.label(label)
 
 
-def _most(rows: Rows, alpha: float) -> float:
-    """What is spread over all K classes at most: 1 - alpha for the K - 1 others, and as much for the label as they."""
-    return (1.0 - alpha) * rows.num_classes / (rows.num_classes - 1) if rows.num_classes > 1 else 0.0
+def _most(rows: Rows, alpha: float, spreads: Spreads) -> float:
+    """What leaves the label at most: 1 - alpha; of an even spread that is over all K classes, as much as gives that."""
+    if rows.num_classes == 1:
+        return 0.0
+    return 1.0 - alpha if spreads else (1.0 - alpha) * rows.num_classes / (rows.num_classes - 1)
 
 
 def _amounts(
     rows: Rows,
     confidence: Tensor | None,
-    alpha: float,
+    most: float,
     concentration: float,
     generator: torch.Generator | None,
     joint: bool = False,
 ) -> Tensor:
-    """What is spread over all classes, with one draw b = U ** (1 / a) from Beta(a, 1) per row: most (1 - b)."""
-    logits, most, power = rows.logits, _most(rows, alpha), 1.0 / concentration
+    """What is spread, with one draw b = U ** (1 / a) from Beta(a, 1) per row: most (1 - b)."""
+    logits, power = rows.logits, 1.0 / concentration
     if confidence is not None:
         return kernels.ranked_amounts(most, power, confidence, rows.counted, generator, rows.dtype, joint=joint)
     uniforms = kernels.uniforms(logits.shape[:1] + logits.shape[2:], logits.device, generator)
@@ -143,6 +158,7 @@ def beta_smoothing_targets(
     *,
     alpha: float = 0.4,
     concentration: float = 3.0,
+    spread: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Build the soft labels of [`beta_smoothing_loss`][softlabels.functional.beta_smoothing_loss].
@@ -154,6 +170,7 @@ def beta_smoothing_targets(
         confidence: As in the loss.
         alpha: As in the loss.
         concentration: As in the loss.
+        spread: As in the loss, of the shape of the result.
         generator: As in the loss: with the same state, the same draws.
 
     Returns:
@@ -179,7 +196,9 @@ def beta_smoothing_targets(
     rows = prepare(_like_logits(target, num_classes), target)
     if confidence is not None:
         confidence = rows.row_argument("confidence", confidence)
-    return rows.soft_label(*_terms(rows, _amounts(rows, confidence, alpha, concentration, generator)))
+    spreads = [] if spread is None else [(rows.spread_argument(spread), None)]
+    amount = _amounts(rows, confidence, _most(rows, alpha, spreads), concentration, generator)
+    return rows.soft_label(*_terms(rows, amount, spreads))
 
 
 def _like_logits(target: Tensor, num_classes: int) -> Tensor:

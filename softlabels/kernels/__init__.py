@@ -10,6 +10,7 @@ from softlabels.kernels.formula import confidence_penalty
 from softlabels.kernels.ordering import ranked_amounts, uniforms, unranked_amounts
 from softlabels.kernels.reading import break_graph, can_check, can_read, check_when_run, least_and_greatest, peek
 from softlabels.kernels.soft_label import Amount, Even, Given, Label, Prediction, SoftLabel, Term, working_dtype
+from softlabels.kernels.spread import Spread
 from softlabels.kernels.statistics import Statistics
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Label",
     "Prediction",
     "SoftLabel",
+    "Spread",
     "Statistics",
     "Term",
     "backend",

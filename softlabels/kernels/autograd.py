@@ -35,9 +35,7 @@ class ClosedForm(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         """The loss; see the class."""
-        ctx.label = label.with_tensors([_NOTHING] * len(tensors))  # or it would outlive the saved tensors
-        ctx.count, ctx.compile, ctx.reduce = len(tensors), compile, reduce
-        ctx.gradient = None
+        ctx.inputs, ctx.compile, ctx.reduce, ctx.gradient = len(tensors), compile, reduce, None
         known: tuple[Tensor, ...] = ()
         if reduce and is_ready_in_forward(logits):
             if compile:
@@ -47,7 +45,10 @@ class ClosedForm(torch.autograd.Function):
         else:
             rows, known = compiled.values(label, logits) if compile else (eager.values(label, logits), ())
             loss = rows.sum() if reduce else rows
-        ctx.save_for_backward(logits, *tensors, *known)
+            label = label.settled()
+        saved = label.tensors()
+        ctx.label, ctx.count = label.with_tensors([_NOTHING] * len(saved)), len(saved)  # or it would outlive the saved
+        ctx.save_for_backward(logits, *saved, *known)
         return loss
 
     @staticmethod
@@ -61,7 +62,7 @@ class ClosedForm(torch.autograd.Function):
             gradient = _gradient(ctx, incoming, batched)
         elif incoming.item() != 1.0:
             gradient.mul_(incoming)
-        return gradient, *[None] * (4 + ctx.count)
+        return gradient, *[None] * (4 + ctx.inputs)
 
 
 def is_ready_in_forward(logits: Tensor) -> bool:

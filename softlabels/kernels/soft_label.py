@@ -105,6 +105,10 @@ class Term:
         own = {name: value[chosen] for name, value in tensors(self) if name != "class_weight" and value.dim()}
         return replace(self, **own)
 
+    def settled(self) -> Self:
+        """The same, whatever becomes of the caller's tensors."""
+        return self
+
     def _weighted(self, like: Tensor, possible: Tensor | None) -> Tensor:
         if possible is None and self._shares is not None:
             return self._shares
@@ -328,6 +332,10 @@ class SoftLabel:
         """The soft labels of some rows of dimension 0."""
         weight = self.weight[chosen] if isinstance(self.weight, Tensor) and self.weight.dim() else self.weight
         return replace(self, terms=[term.rows(chosen) for term in self.terms], weight=weight)
+
+    def settled(self) -> SoftLabel:
+        """The same, whatever becomes of tables that its terms read."""
+        return replace(self, terms=[term.settled() for term in self.terms])
 
     def scaled(self, factor: Tensor) -> SoftLabel:
         """The same, every row counting ``factor`` times as much."""

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from softlabels import kernels, tuning
 from softlabels.functional import _checks
 from softlabels.functional._rows import Rows
-from softlabels.functional.beta_smoothing import beta_smoothing, mean_smoothing
+from softlabels.functional.beta_smoothing import Spreads, beta_smoothing, mean_smoothing
 from softlabels.losses.attachable import AttachableLoss
 from softlabels.losses.base import called_as, runs_twice
+from softlabels.priors import SPREADS, LearnedSpread
+from softlabels.priors.evidence import Evidence
 from softlabels.ranking import PredictionHistory, log_odds
 from softlabels.ranking.scores import RANK_BY
 from softlabels.teachers import EMATeacher
 
 GENERATOR = "generator_state"
-RANKINGS = ("ema", "history", "batch", "random")
+RANKINGS = ("ema", "history", "batch", "random", "none")
 
 
 def _check_concentration(name: str, value: object) -> object:
@@ -27,7 +29,20 @@ def _check_concentration(name: str, value: object) -> object:
 
 def _check_num_samples(name: str, value: object) -> object:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name} must be the size of the training set, which ranking='history' needs, got {value!r}")
+        raise ValueError(
+            f"{name} must be the size of the training set, which ranking='history' and spread='samples' need, got "
+            f"{value!r}"
+        )
+    return value
+
+
+def _check_spread(name: str, value: object) -> object:
+    kinds = value if isinstance(value, tuple) else (value,)
+    known = all(kind in SPREADS for kind in kinds)
+    if value != "uniform" and not (kinds and known and len(set(kinds)) == len(kinds)):
+        raise ValueError(
+            f"{name} must be 'uniform', or one or a tuple of {', '.join(map(repr, SPREADS))}, got {value!r}"
+        )
     return value
 
 
@@ -57,14 +72,19 @@ class BetaSmoothingLoss(AttachableLoss):
             cross-entropy, whatever ``label_smoothing`` says.
         concentration: $a$ itself, greater than 0; overrides ``label_smoothing``.
         ranking: Whose confidence orders the batch. ``"ema"``: an exponential moving average of the model (needs
-            [`attach`][softlabels.BetaSmoothingLoss.attach]). ``"history"``: a moving average of each sample's own
-            past confidence, without a second forward pass (experimental; needs ``num_samples`` and the call argument
-            ``index``). ``"batch"``: the logits given to the loss. ``"random"``: nobody's; draws are assigned at
-            random.
+            [`attach`][softlabels.BetaSmoothingLoss.attach]). ``"history"``: the mean over a sample's past visits of the
+            probability of its label, whatever ``rank_by`` says, without a second forward pass (needs ``num_samples``
+            and the call argument ``index``). ``"batch"``: the logits given to the loss. ``"random"``: nobody's; draws
+            are assigned at random. ``"none"``: no row differs from another; all get the mean amount.
+        spread: Where the amount goes. ``"uniform"``: evenly to all classes, as in the paper. ``"classes"``: as the mean
+            prediction on the rows of the label's class says. ``"neighbours"``: as the labels of the batch's other rows
+            say, weighted by how alike their logits are. ``"samples"``: as the mean of this sample's past predictions
+            says (needs ``num_samples`` and the call argument ``index``). A tuple: the mean of these. In evaluation the
+            spread is even, so that the value depends on nothing but the row and compares with other losses.
         rank_by: ``"max"``: confidence is the largest class probability, as in the paper's text. ``"true_class"``: it is
             the probability of the label, as in the paper's published scripts.
-        ema_decay: Decay of the average per optimizer step, in [0, 1), for ``"ema"`` and ``"history"``.
-        num_samples: Size of the training set, for ``"history"``.
+        ema_decay: Decay of the average per optimizer step, in [0, 1), for ``"ema"``.
+        num_samples: Size of the training set, for ``"history"`` and ``"samples"``.
         global_ranking: Rank and draw over the rows of all processes of the default torch.distributed group together,
             with the draws of process 0. Every process must call the loss equally often; the processes wait for each
             other. False: each process ranks its own rows.
@@ -77,7 +97,8 @@ class BetaSmoothingLoss(AttachableLoss):
         - target: (), (N) or (N, d1, ...) int64 or uint8 class indices, or class probabilities of the shape of input.
         - sample_weight: row shape, that of an index target; non-negative.
         - confidence: row shape; higher is surer. Replaces whatever ``ranking`` says.
-        - index: row shape, int64 in [0, num_samples): which training sample each row is (``"history"``).
+        - index: row shape, int64 in [0, num_samples): which training sample each row is (``"history"`` and
+          ``"samples"``). Rows of one id are visits of one sample.
         - output: a scalar, or row shape with ``reduction="none"``; float64 for float64 logits, else float32.
 
     Raises:
@@ -105,6 +126,7 @@ class BetaSmoothingLoss(AttachableLoss):
         "alpha": _checks.check_fraction,
         "concentration": _check_concentration,
         "ranking": lambda name, value: _checks.check_choice(name, value, RANKINGS),
+        "spread": _check_spread,
         "rank_by": lambda name, value: _checks.check_choice(name, value, RANK_BY),
         "ema_decay": lambda name, value: _checks.check_number(name, value, low=0.0, high=1.0, high_open=True),
         "num_samples": _check_num_samples,
@@ -120,6 +142,7 @@ class BetaSmoothingLoss(AttachableLoss):
         alpha: float = 0.4,
         concentration: float | None = None,
         ranking: str = "ema",
+        spread: str | tuple[str, ...] = "uniform",
         rank_by: str = "max",
         ema_decay: float = 0.999,
         num_samples: int | None = None,
@@ -133,6 +156,7 @@ class BetaSmoothingLoss(AttachableLoss):
         self.alpha = alpha
         self.concentration = concentration
         self.ranking = ranking
+        self.spread = spread
         self.rank_by = rank_by
         self.ema_decay = ema_decay
         self.num_samples = num_samples
@@ -143,12 +167,17 @@ class BetaSmoothingLoss(AttachableLoss):
                 f"label_smoothing={label_smoothing} asks for a true class below alpha={alpha}, the weight that it "
                 "always has; lower one of them"
             )
+        kinds = () if spread == "uniform" else spread if isinstance(spread, tuple) else (spread,)
+        if num_samples is None and (ranking == "history" or "samples" in kinds):
+            raise ValueError(
+                "num_samples must be the size of the training set, which ranking='history' and spread='samples' need, "
+                "got None"
+            )
         if ranking == "history":
-            if num_samples is None:
-                raise ValueError(
-                    "num_samples must be the size of the training set, which ranking='history' needs, got None"
-                )
-            self.history = PredictionHistory(num_samples, ema_decay)
+            assert num_samples is not None
+            self.history = PredictionHistory(num_samples)
+        if kinds:
+            self.learned_spread = LearnedSpread(kinds, num_samples)
 
     def forward(
         self,
@@ -166,27 +195,58 @@ class BetaSmoothingLoss(AttachableLoss):
             return rows.loss(rows.label(1.0), total=1.0)
         if not self.in_training:
             return mean_smoothing(rows, self.alpha, concentration)
-        moves = self.generator is not None or (confidence is None and self.ranking == "history")
-        if moves and runs_twice():
+        if (self.generator is not None or self._remembers(confidence)) and runs_twice():
             raise RuntimeError(
                 "BetaSmoothingLoss is called inside torch.utils.checkpoint, which calls it again in the backward pass: "
-                "a generator would draw anew then, and a history would move twice; call the loss outside of the "
-                "checkpointed function"
+                "a generator would draw anew then, and what it remembers of samples and classes would be recorded "
+                "twice; call the loss outside of the checkpointed function"
             )
-        known = None
+        if index is not None:
+            index = self._sample_ids(rows, index)
+        elif self.num_samples is not None and self._remembers(confidence):
+            raise RuntimeError(
+                "BetaSmoothingLoss with ranking='history' or spread='samples' needs the ids of the samples in the "
+                "batch: pass index= to the call"
+            )
+        known, predicted, mean = None, rows.logits.detach(), False
         if confidence is not None:
             confidence = rows.row_argument("confidence", confidence)
         elif self.ranking == "ema":
-            teacher_logits = rows.teacher_argument(self.ask_teacher(input, "confidence"))
-            confidence = log_odds(teacher_logits, rows.target, self.rank_by)
+            predicted = rows.teacher_argument(self.ask_teacher(input, "confidence"))
+            confidence = log_odds(predicted, rows.target, self.rank_by)
+        elif self.ranking == "none":
+            mean = True
         elif self.ranking != "random":
             known = rows.statistics()
-            confidence = log_odds(rows.logits, rows.target, self.rank_by, known)
+            rank_by = "true_class" if self.ranking == "history" else self.rank_by
+            confidence = log_odds(predicted, rows.target, rank_by, known)
             if self.ranking == "history":
                 confidence = self._past(rows, index, confidence)
-        return beta_smoothing(
-            rows, confidence, self.alpha, concentration, self.generator, joint=self.global_ranking, known=known
-        )
+        spreads: Spreads = ()
+        if self.spread != "uniform":
+            own = Evidence.of(rows, predicted)
+            everyone = own.of_all_processes() if self.global_ranking else own
+            spreads = self.learned_spread.sources(rows, own, everyone, index)
+        if mean:
+            loss = mean_smoothing(rows, self.alpha, concentration, spreads)
+        else:
+            loss = beta_smoothing(
+                rows,
+                confidence,
+                self.alpha,
+                concentration,
+                self.generator,
+                spreads,
+                joint=self.global_ranking,
+                known=known,
+            )
+        if spreads:
+            self.learned_spread.record(own, everyone, index)
+        return loss
+
+    def _remembers(self, confidence: Tensor | None) -> bool:
+        """Whether a call in training changes what the loss knows of samples or classes."""
+        return (confidence is None and self.ranking == "history") or self.spread not in ("uniform", "neighbours")
 
     __call__ = called_as(forward)
 
@@ -237,29 +297,26 @@ class BetaSmoothingLoss(AttachableLoss):
                 self._warn_missing("generator state", "its generator goes on from where it is")
             else:
                 self.generator.set_state(state.cpu())
-        history = prefix + "history.doubt"
-        if self.ranking == "history" and history not in state_dict:
+        if self.ranking == "history" and not self.history.is_in(state_dict, prefix + "history."):
             self._warn_missing("prediction history", "it restarts empty")
-            self.history.doubt.fill_(torch.nan)
-            state_dict[history] = self.history.doubt
+        if self.spread != "uniform" and not self.learned_spread.is_in(state_dict, prefix + "learned_spread."):
+            self._warn_missing("learned spread", "it restarts empty")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _past(self, rows: Rows, index: Tensor | None, confidence: Tensor) -> Tensor:
         """The log-odds of each sample's past confidence; the present one is averaged in."""
-        if self.num_samples is None or not hasattr(self, "history"):
+        if index is None or not hasattr(self, "history"):
             raise RuntimeError("ranking='history' must be chosen, with num_samples, when the loss is made")
-        if index is None:
-            raise RuntimeError(
-                "BetaSmoothingLoss with ranking='history' needs the ids of the samples in the batch: pass index= to "
-                "the call, or confidence="
-            )
-        index = rows.row_argument("index", index)
-        if index.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"index must hold sample ids as torch.int64, got {index.dtype}")
-        ends = kernels.least_and_greatest(index)
-        if ends is not None and (ends[0] < 0 or ends[1] >= self.num_samples):
-            raise IndexError(f"index must hold sample ids in [0, {self.num_samples}), got {ends[0]} to {ends[1]}")
         counted = rows.counted
         return self.history.rank_and_update(
             index, confidence, torch.ones_like(index, dtype=torch.bool) if counted is None else counted
         )
+
+    def _sample_ids(self, rows: Rows, index: Tensor) -> Tensor:
+        index = rows.row_argument("index", index)
+        if index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"index must hold sample ids as torch.int64, got {index.dtype}")
+        ends = kernels.least_and_greatest(index)
+        if self.num_samples is not None and ends is not None and (ends[0] < 0 or ends[1] >= self.num_samples):
+            raise IndexError(f"index must hold sample ids in [0, {self.num_samples}), got {ends[0]} to {ends[1]}")
+        return index

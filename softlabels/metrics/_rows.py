@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -32,32 +33,6 @@ def checked(
     """
     _checks.check_flag("from_logits", from_logits)
     _checks.check_ignore_index(ignore_index)
-    _check_predictions(input, name)
-    if target is not None:
-        check_target(target, input, name)
-    if sample_weight is not None:
-        _checks.check_like_rows("sample_weight", sample_weight, input, row_shape(input))
-    input = input.cpu() if input.device.type == "mps" else input
-    wanted, num_classes = row_shape(input), input.shape[class_dim(input)]
-    target = (input.new_zeros(wanted) if target is None else target.reshape(wanted)).to(input.device, torch.long)
-    ignored = target == ignore_index
-    target = target.masked_fill(ignored, 0)
-    check_labels(target, num_classes, f" or ignore_index={ignore_index}")
-    # Where labels cannot be read, those out of range fail as an index, as in torch; compiled code would wrap -1.
-    index = target.masked_fill(target < 0, num_classes).flatten()
-    weight = input.new_ones(num_classes, dtype=torch.float64).index_select(0, index).reshape(wanted)
-    weight = weight.masked_fill_(ignored, 0.0)
-    if sample_weight is not None:
-        weight = torch.where(ignored, 0.0, weight * sample_weight.detach().to(weight.device))
-        bad = ~((weight >= 0.0) & (weight < torch.inf))
-        if kernels.peek(bad.any()):
-            raise ValueError(f"sample_weight must be finite and not negative, got {weight[bad][0].item():g}")
-        weight = weight.masked_fill(bad, torch.nan)
-    return input if from_logits else _probabilities(input, weight), target, weight
-
-
-def _check_predictions(input: Tensor, name: str) -> None:
-    """Predictions are a tensor of a dtype that torch computes in, with at least two classes."""
     _checks.check_input(input, name)
     if input.dtype.itemsize == 1:
         raise NotImplementedError(f"{name} must be of at least 16 bits, got {input.dtype}; pass {name}.float()")
@@ -66,6 +41,27 @@ def _check_predictions(input: Tensor, name: str) -> None:
             f"{name} must have at least two classes, got shape {tuple(input.shape)}; the one logit z of a sigmoid "
             "becomes two by torch.cat([torch.zeros_like(z), z], 1)"
         )
+    if target is not None:
+        check_target(target, input, name)
+    if sample_weight is not None:
+        _checks.check_like_rows("sample_weight", sample_weight, input, row_shape(input))
+    input = input.cpu() if input.device.type == "mps" else input
+    wanted, num_classes = row_shape(input), input.shape[class_dim(input)]
+    target = input.new_full(wanted, float(ignore_index == 0)) if target is None else target.reshape(wanted)
+    target = target.to(input.device, torch.long)
+    ignored = target == ignore_index
+    target = target.masked_fill(ignored, 0)
+    check_labels(target, num_classes, f" or ignore_index={ignore_index}")
+    weight = (~ignored).double()
+    if not kernels.can_read(target):  # labels out of range fail as an index, as in torch; compiled code would wrap -1
+        weight = weight * weight.new_ones(num_classes)[target.masked_fill(target < 0, num_classes)]
+    if sample_weight is not None:
+        weight = torch.where(ignored, 0.0, weight * sample_weight.detach().to(weight.device))
+        bad = ~((weight >= 0.0) & (weight < torch.inf))
+        if kernels.peek(bad.any()):
+            raise ValueError(f"sample_weight must be finite and not negative, got {weight[bad][0].item():g}")
+        weight = weight.masked_fill(bad, torch.nan)
+    return input if from_logits else _probabilities(input, weight), target, weight
 
 
 def check_target(target: Tensor, input: Tensor, name: str) -> None:
@@ -145,27 +141,24 @@ def by_chunks(function: Callable[..., Tensor], input: Tensor, *per_row: Tensor) 
     Returns:
         (..., *row shape).
     """
-    shape = row_shape(input)
     rows = input.reshape(1, -1, 1) if input.dim() == 1 else input.flatten(2) if input.dim() > 2 else input.unsqueeze(2)
     matched = [values.reshape(rows.shape[0], rows.shape[2]) for values in per_row]
-    done = [
-        _join([function(rows[i, :, j], *(v[i, j] for v in matched)) for j in columns], -1)
-        for i, columns in _tiles(rows)
-    ]
-    result = _join(done, -2)
-    return result.reshape(result.shape[:-2] + shape)
+    tiles = list(_tiles(rows))
+    parts = (function(rows[i, :, j], *(v[i, j] for v in matched)) for i, j in tiles)
+    result = first = next(parts)
+    if len(tiles) > 1:
+        result = first.new_empty(first.shape[:-2] + rows.shape[::2])
+        for (i, j), part in zip(tiles, itertools.chain([first], parts), strict=True):
+            result[..., i, j] = part  # many small tensors that stay would scatter the large ones over memory
+    return result.reshape(result.shape[:-2] + row_shape(input))
 
 
-def _join(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _tiles(rows: Tensor) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of the batch, each with the slices of the positions, of at most a chunk of elements where K allows."""
+def _tiles(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of the batch and of the positions, of at most a chunk of elements where K allows."""
     count, num_classes, positions = rows.shape
     chunk = CHUNK.get(rows.device.type, CHUNK["other"])
     width = max(min(chunk // num_classes, positions), 1)
     height = max(chunk // (num_classes * width), 1) if width == positions else 1
-    columns = [slice(j, j + width) for j in range(0, max(positions, 1), width)]
     for i in range(0, max(count, 1), height):
-        yield slice(i, i + height), columns
+        for j in range(0, max(positions, 1), width):
+            yield slice(i, i + height), slice(j, j + width)

@@ -62,11 +62,10 @@ class ReliabilityCurve:
         gap = torch.where(self.count > 0, (self.accuracy - self.confidence).abs(), 0.0).double()
         weight = (self.count if self.weight is None else self.weight).double()
         share = weight / weight.sum(-1, keepdim=True)  # nan without samples, and so is the error
-        if norm == "l1":
-            return (share * gap).sum(-1).mean()
-        if norm == "l2":
-            return (share * gap**2).sum(-1).sqrt().mean()
-        return (gap + 0.0 * share).amax(-1).mean()
+        if norm == "max":
+            return (gap + 0.0 * share).amax(-1).mean()
+        power = 1.0 if norm == "l1" else 2.0
+        return (share * gap**power).sum(-1).pow(1.0 / power).mean()
 
 
 def calibration_error(
@@ -133,7 +132,7 @@ def calibration_error(
     _checks.check_choice("norm", norm, NORMS)
     check_bins(n_bins, binning, classwise)
     predicted = events(input, target, sample_weight, classwise, from_logits, ignore_index)
-    return curve(*predicted, n_bins, binning, torch.float64 if from_logits else input.dtype).error(norm)
+    return curve(*predicted, n_bins, binning).error(norm)
 
 
 def reliability_curve(
@@ -182,7 +181,7 @@ def reliability_curve(
     """
     check_bins(n_bins, binning, classwise)
     predicted = events(input, target, sample_weight, classwise, from_logits, ignore_index)
-    return curve(*predicted, n_bins, binning, torch.float64 if from_logits else input.dtype)
+    return curve(*predicted, n_bins, binning)
 
 
 def check_bins(n_bins: int, binning: str, classwise: bool) -> None:
@@ -197,23 +196,31 @@ def events(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The probabilities of C events, which of them came true, -1 for none, and the weight; (C, n), (n,) and (n,).
 
-    Class-wise, the events are the K classes; else the one that the most likely class is the label. Float64.
+    Class-wise, the events are the K classes; else the one that the most likely class is the label. Probabilities made
+    of logits are float64.
     """
     input, target, weight = _rows.checked(input, target, sample_weight, from_logits, ignore_index, "input")
     dim, input = _rows.class_dim(input), input.detach()
     if classwise:
-        p = _rows.by_chunks(_softmax, input) if from_logits else input.movedim(dim, 0).double()
+        p = _rows.by_chunks(_softmax, input) if from_logits else input.movedim(dim, 0)
         return p.reshape(len(p), -1), target.flatten(), weight.flatten()
-    p, predicted = _rows.by_chunks(_top_class, input) if from_logits else input.max(dim)
-    return p.double().reshape(1, -1), torch.where(predicted == target, 0, -1).flatten(), weight.flatten()
+    if not from_logits:
+        p, right = input.amax(dim), (input.argmax(dim) == target).double()
+    else:
+        p, right = _rows.by_chunks(_top_class, input, target)
+        tied = (right > 0) & (p <= 0.5)  # perhaps: in a row that is surer, one class is the largest
+        if kernels.can_read(tied):
+            for some in tied.nonzero().split(_rows.CHUNK["cpu"] // input.shape[dim] + 1):
+                rows = some.unbind(1)
+                right[rows] = (input.movedim(dim, -1)[rows].argmax(-1) == target[rows]).double()
+    return p.reshape(1, -1), right.flatten() - 1.0, weight.flatten()
 
 
-def curve(p: Tensor, true: Tensor, weight: Tensor, n_bins: int, binning: str, dtype: torch.dtype) -> ReliabilityCurve:
+def curve(p: Tensor, true: Tensor, weight: Tensor, n_bins: int, binning: str) -> ReliabilityCurve:
     """The reliability curve of all samples at once."""
     if binning == "equal-width":
-        return curve_of_sums(equal_width_sums(p, true, weight, n_bins, dtype))
-    kept = weight != 0
-    p, true, weight = p[:, kept], true[kept], weight[kept]
+        return curve_of_sums(equal_width_sums(p, true, weight, n_bins))
+    p, true, weight = (values[..., weight != 0].double() for values in (p, true, weight))
     inner = p.new_zeros(len(p), n_bins - 1)
     if len(weight):
         ascending, order = p.sort(1)
@@ -224,12 +231,12 @@ def curve(p: Tensor, true: Tensor, weight: Tensor, n_bins: int, binning: str, dt
     return curve_of_sums(_sums(p, true, weight, inner), edges.squeeze(0))
 
 
-def equal_width_sums(p: Tensor, true: Tensor, weight: Tensor, n_bins: int, dtype: torch.dtype) -> Tensor:
+def equal_width_sums(p: Tensor, true: Tensor, weight: Tensor, n_bins: int) -> Tensor:
     """Sums of equal-width bins, (C, 4, B), to be added up.
 
-    Edges are rounded to ``dtype``: a probability of 0.7 in the caller's is on the edge 0.7, whatever both round to.
+    Edges are rounded to the dtype of ``p``: a probability of 0.7 is on the edge 0.7, whatever both round to.
     """
-    return _sums(p, true, weight, _equal_edges(n_bins, p)[1:-1].to(dtype).double().expand(len(p), -1))
+    return _sums(p, true, weight, _equal_edges(n_bins, p)[1:-1].to(p.dtype).double().expand(len(p), -1))
 
 
 def curve_of_sums(sums: Tensor, edges: Tensor | None = None) -> ReliabilityCurve:
@@ -248,10 +255,10 @@ def _sums(p: Tensor, true: Tensor, weight: Tensor, inner: Tensor) -> Tensor:
     """Samples, weight, and weighted probability and truth of each event between inner edges (C, B - 1); (C, 4, B)."""
     n_bins, sums = inner.shape[1] + 1, []
     for number, (of_event, edges) in enumerate(zip(p, inner, strict=True)):
-        values = torch.stack([torch.ones_like(weight), weight, weight * of_event, weight * (true == number)])
         # A bin too many, for what does not count.
-        index = torch.bucketize(of_event.contiguous(), edges).masked_fill(weight == 0, n_bins).expand(4, -1)
-        sums.append(values.new_zeros(4, n_bins + 1).scatter_add_(1, index, values)[:, :n_bins])
+        index = torch.bucketize(of_event.double().contiguous(), edges).masked_fill(weight == 0, n_bins)
+        values = torch.ones_like(weight), weight, weight * of_event, weight * (true == number)
+        sums.append(torch.stack([v.new_zeros(n_bins + 1).scatter_add(0, index, v)[:n_bins] for v in values]))
     return torch.stack(sums)
 
 
@@ -260,15 +267,12 @@ def _softmax(logits: Tensor) -> Tensor:
     return logits.double().softmax(1).movedim(1, 0)
 
 
-def _top_class(logits: Tensor) -> Tensor:
-    """Largest probability, and its class, the first of several as argmax has it; (2, n, d) from (n, K, d)."""
-    largest, predicted = logits.amax(1), _argmax(logits)
-    total = logits.to(torch.float64, copy=True).sub_(largest.unsqueeze(1)).exp_().sum(1)
-    return torch.stack([1.0 / total, predicted.double()])
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """As argmax; on a CPU numpy takes a third of its time."""
-    if kernels.can_read(logits) and logits.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(logits.detach().numpy().argmax(1))
-    return logits.argmax(1)
+def _top_class(logits: Tensor, target: Tensor) -> Tensor:
+    """Largest probability, and 1 where its class is the label: one of several, where numbers can be read; (2, n, d)."""
+    largest = logits.amax(1, keepdim=True)
+    total = logits.to(torch.float64, copy=True).sub_(largest).exp_().sum(1)
+    if kernels.can_read(logits, target):  # then argmax is slow
+        right = (logits.gather(1, target.unsqueeze(1)) == largest).squeeze(1)
+    else:
+        right = logits.argmax(1) == target
+    return torch.stack([1.0 / total, right.double()])

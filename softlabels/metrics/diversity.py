@@ -16,9 +16,9 @@ ROUNDING = 2.0**-44  # error of log-odds relative to the largest: 256 steps of f
 LARGEST = 708.0  # log-odds; beyond, the distance from 0 or 1 is less than the smallest normal float64
 REPEATS = 16  # how many equal confidences may be one sample that was seen again
 FEW = 50  # distinct confidences: fewer say too little about the distances between them
-EVEN = (
-    2 / 3
-)  # mean ratio of neighbouring gaps, the smaller to the larger: 2 log 2 - 1 = 0.39 of random values, 1 of a grid
+# Mean ratio of neighbouring gaps, the smaller to the larger: 2 log 2 - 1 = 0.39 of random values, 1 of a grid.
+EVEN = 2 / 3
+SOME = 10  # means of fewer ratios say nothing: 1 of 5 ratios of random values is above 2 / 3
 
 
 def confidence_diversity(
@@ -49,10 +49,10 @@ def confidence_diversity(
       twice, drawn with replacement, or oversampled have the density that new samples would have:
       $\sum_i w_i \, (\psi(d) - \psi(k) + \log 2 \varepsilon_i - \log d \bar w_i)$.
     - As mass: where more than 16 samples are equal; where the distinct confidences stand evenly, as rounding leaves
-      them (beside equal ones, the smaller gap is on average over 2/3 of the larger; 0.39 for random values); and where
-      they are few (no more than $k$, or fewer than 50 of two samples each). Mass fills the cell from midpoint to
-      midpoint, half a gap at the ends, cut at 0 and 1: $\sum_i w_i \log (\mathrm{cell}_i / w_i)$, at most 0 where all
-      are mass.
+      them (beside ten equal ones or more, the smaller gap is on average over 2/3 of the larger; 0.39 for random
+      values); and where they are few (no more than $k$, or fewer than 50 of two samples each). Mass fills the cell from
+      midpoint to midpoint, half a gap at the ends, cut at 0 and 1: $\sum_i w_i \log (\mathrm{cell}_i / w_i)$, at most 0
+      where all are mass.
 
     Where all confidences are equal, the cell is as wide as the rounding step of float64 at 1, and the result is
     $\log 2^{-52} = -36.04$. So it is never $-\infty$, and no sample is left out.
@@ -113,44 +113,46 @@ def true_class_log_odds(
 
 
 def nearest_neighbor_entropy(odds: Tensor, weight: Tensor, n_neighbors: int) -> Tensor:
-    """Differential entropy of the probabilities whose log-odds are given, (n,) with n > n_neighbors, float64."""
-    if odds.isnan().any() or weight.isnan().any():
-        return odds.new_tensor(math.nan)
-    odds = odds.clamp(-LARGEST, LARGEST)
-    weighted = not bool((weight == weight[0]).all())
+    """Differential entropy of the probabilities whose log-odds are given, (n,) in float64; nan for too few."""
+    weighted = not bool((weight == weight[:1]).all())
     if odds.device.type == "cpu" and not weighted:  # numpy's sort is several times as fast, but does not say the order
         odds = torch.from_numpy(np.sort(odds.numpy()))
     else:
         odds, order = odds.sort()
+    if odds.numel() <= n_neighbors or odds[-1].isnan() or (weighted and weight.isnan().any()):  # nan is sorted last
+        return odds.new_tensor(math.nan)
+    odds.clamp_(-LARGEST, LARGEST)
     # Log-odds that differ by no more than the error of their sum over classes are equal, and get one value.
     largest = torch.maximum(odds[-1], -odds[0]).clamp(min=1.0)
     starts = torch.cat([odds.new_ones(1, dtype=torch.bool), odds.diff() > ROUNDING * largest])
     if not weighted and starts.all():
-        return _by_distances(odds, None, n_neighbors)
+        return _by_distances(*_values(odds), None, n_neighbors)
     first = starts.nonzero().squeeze(1)
     odds, repeats = odds[first], first.diff(append=first.new_tensor([starts.numel()]))
     mass = torch.zeros_like(odds).index_add_(0, starts.cumsum(0) - 1, weight[order]) if weighted else repeats.double()
-    mass = mass / mass.sum()
-
+    mass /= mass.sum()
     if odds.numel() == 1:
         return odds.new_tensor(torch.finfo(torch.float64).eps).log()
-    gaps, cells = _cells(odds)
-    ratio = torch.minimum(gaps[1:], gaps[:-1]) / torch.maximum(gaps[1:], gaps[:-1])
-    even = ratio[repeats[1:-1] > 1].mean() > EVEN  # a grid, to which confidences were rounded
+
+    value, below_half = _values(odds)
+    gaps, inner = _apart(value, below_half, 1), (repeats[1:-1] > 1).nonzero().squeeze(1)
+    ratio = torch.minimum(gaps[inner], gaps[inner + 1]) / torch.maximum(gaps[inner], gaps[inner + 1])
+    even = len(ratio) >= SOME and ratio.mean() > EVEN  # rounded to a grid
     few = odds.numel() < FEW and starts.numel() >= 2 * odds.numel()
     apart = ~((repeats > REPEATS) | even | few)
+    if apart.all() and odds.numel() > n_neighbors:
+        return _by_distances(value, below_half, mass, n_neighbors)
     apart &= apart.sum() > n_neighbors
-    entropy = (mass * (cells / mass).log())[~apart].sum()
-    return entropy + _by_distances(odds[apart], mass[apart], n_neighbors) if apart.any() else entropy
+    entropy = (mass * (_cells(value, gaps) / mass).log())[~apart].sum()
+    return entropy + _by_distances(*_values(odds[apart]), mass[apart], n_neighbors) if apart.any() else entropy
 
 
-def _by_distances(odds: Tensor, mass: Tensor | None, k: int) -> Tensor:
+def _by_distances(value: Tensor, below_half: int, mass: Tensor | None, k: int) -> Tensor:
     """Part of the entropy that distinct values have, from their k-th nearest neighbours, given the mass of each.
 
     The density at a value is that of values, times the mean mass of those around it. None: all have the same mass, and
     these are all there are.
     """
-    value, below_half = _values(odds)
     n = value.numel()
     # The k nearest of a value and itself are k + 1 consecutive values, and the k-th nearest is the farther end of
     # these. So try every window: `place` values below, k - place above.
@@ -161,15 +163,14 @@ def _by_distances(odds: Tensor, mass: Tensor | None, k: int) -> Tensor:
         own = slice(place, place + n - k)
         farther = torch.maximum(to_upper[place][: n - k], to_upper[k - place][own])
         torch.minimum(radius[own], farther, out=radius[own])
-    psi = torch.digamma(value.new_tensor([n, k]))
-    of_values = radius.log_() + (math.log(2.0) + psi[0] - psi[1])
+    constant = math.log(2.0) + torch.digamma(value.new_tensor([k, n])).diff().sum()  # psi(n) - psi(k)
     if mass is None:
-        return of_values.mean()
-    reach, numbers = max(k, math.isqrt(n)), torch.arange(n, device=odds.device)
-    low, high = (numbers - reach).clamp(min=0), (numbers + reach + 1).clamp(max=n)
-    sums = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
-    around = (sums[high] - sums[low] - mass) / (high - low - 1)
-    return torch.dot(mass, of_values - (n * around).log())
+        return radius.log_().mean() + constant
+    reach, sums = max(k, math.isqrt(n)), mass.cumsum(0)
+    below = torch.arange(n, device=value.device).clamp_(max=reach)  # how many; above there are as many, from the end
+    sums = torch.cat([mass.new_zeros(reach + 1), sums, sums[-1:].expand(reach)])
+    around = (sums[2 * reach + 1 :] - sums[:n] - mass) / (below + below.flip(0))
+    return torch.dot(mass, radius.div_(around).log_()) + mass.sum() * (constant - math.log(n))
 
 
 def _values(odds: Tensor) -> tuple[Tensor, int]:
@@ -190,11 +191,9 @@ def _apart(value: Tensor, below_half: int, steps: int) -> Tensor:
     return distance
 
 
-def _cells(odds: Tensor) -> tuple[Tensor, Tensor]:
-    """Gaps between n > 1 values, and the cells around them: from midpoint to midpoint, inside [0, 1]."""
-    value, below_half = _values(odds)
-    gaps = _apart(value, below_half, 1)
+def _cells(value: Tensor, gaps: Tensor) -> Tensor:
+    """The cells around n > 1 values with these gaps between them: from midpoint to midpoint, inside [0, 1]."""
     below = torch.minimum(gaps[:1] / 2, value[:1].remainder(1.0))  # half a gap, or as far as to 0
     above = torch.minimum(gaps[-1:] / 2, value[-1:].neg().remainder(1.0))
     halves = torch.cat([below, gaps / 2, above])
-    return gaps, halves[:-1] + halves[1:]
+    return halves[:-1] + halves[1:]

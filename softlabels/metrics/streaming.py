@@ -99,23 +99,21 @@ class AveragePredictiveUncertainty(_Metric):
 
     higher_is_better = None
     plot_lower_bound = 0.0
-    total: Tensor
-    count: Tensor
+    sums: Tensor
 
     def __init__(self, *, from_logits: bool = True, ignore_index: int = -100, **kwargs: Any) -> None:
         super().__init__(from_logits, ignore_index, **kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None) -> None:
         """Take a batch of predictions."""
         with torch.no_grad():
-            total, count = entropy_sums(preds, target, sample_weight, self.from_logits, self.ignore_index)
-        self.total, self.count = self.total + total, self.count + count
+            sums = entropy_sums(preds, target, sample_weight, self.from_logits, self.ignore_index)
+        self.sums = self.sums + torch.stack(sums)
 
     def compute(self) -> Tensor:
         """Mean entropy so far."""
-        return self.total / self.count
+        return torch.div(*self.sums)
 
 
 class ConfidenceDiversity(_Metric):
@@ -155,8 +153,7 @@ class ConfidenceDiversity(_Metric):
     """
 
     higher_is_better = None
-    log_odds: list[Tensor]
-    weights: list[Tensor]
+    rows: list[Tensor]
 
     def __init__(
         self, *, n_neighbors: int = 3, from_logits: bool = True, ignore_index: int = -100, **kwargs: Any
@@ -164,20 +161,16 @@ class ConfidenceDiversity(_Metric):
         super().__init__(from_logits, ignore_index, **kwargs)
         _checks.check_count("n_neighbors", n_neighbors)
         self.n_neighbors = n_neighbors
-        self.add_state("log_odds", [], dist_reduce_fx="cat")
-        self.add_state("weights", [], dist_reduce_fx="cat")
+        self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, preds: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> None:
         """Take a batch of predictions and their labels."""
-        odds, weight = true_class_log_odds(preds, target, sample_weight, self.from_logits, self.ignore_index)
-        self.log_odds.append(odds)
-        self.weights.append(weight)
+        rows = true_class_log_odds(preds, target, sample_weight, self.from_logits, self.ignore_index)
+        self.rows.append(torch.stack(rows, 1).flatten())
 
     def compute(self) -> Tensor:
         """Diversity so far."""
-        odds, weight = _joined(self.log_odds), _joined(self.weights)
-        if odds.numel() <= self.n_neighbors:
-            return odds.new_tensor(torch.nan)
+        odds, weight = _joined(self.rows, 2)
         return nearest_neighbor_entropy(odds, weight, self.n_neighbors)
 
 
@@ -258,10 +251,9 @@ class CalibrationError(_Metric):
         if len(p) != self._events:
             raise ValueError(f"preds must have num_classes={self.num_classes} classes, got shape {tuple(preds.shape)}")
         if self.binning == "equal-mass":
-            self.rows.append(torch.cat([p, true.unsqueeze(0), weight.unsqueeze(0)]).T)
+            self.rows.append(torch.cat([p, true.unsqueeze(0), weight.unsqueeze(0)]).T.flatten())
         else:
-            dtype = torch.float64 if self.from_logits else preds.dtype
-            self.sums = self.sums + equal_width_sums(p, true, weight, self.n_bins, dtype)
+            self.sums = self.sums + equal_width_sums(p, true, weight, self.n_bins)
 
     def compute(self) -> Tensor:
         """Calibration error so far."""
@@ -278,9 +270,11 @@ class CalibrationError(_Metric):
     def _curve(self) -> ReliabilityCurve:
         if self.binning == "equal-width":
             return curve_of_sums(self.sums)
-        rows = _joined(self.rows).reshape(-1, self._events + 2).T
-        return curve(rows[:-2], rows[-2], rows[-1], self.n_bins, self.binning, torch.float64)
+        rows = _joined(self.rows, self._events + 2)
+        return curve(rows[:-2], rows[-2], rows[-1], self.n_bins, self.binning)
 
 
-def _joined(state: list[Tensor]) -> Tensor:
-    return dim_zero_cat(state) if len(state) else torch.zeros(0, dtype=torch.float64)
+def _joined(state: list[Tensor], columns: int) -> Tensor:
+    """Columns of the rows that were kept, flat as what a process without data contributes."""
+    rows: Tensor = dim_zero_cat(state) if len(state) else torch.zeros(0, dtype=torch.float64)
+    return rows.reshape(-1, columns).T

@@ -78,8 +78,7 @@ def average_predictive_uncertainty(
     Reference:
         Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, Eq. 4.
     """
-    total, count = entropy_sums(input, target, sample_weight, from_logits, ignore_index)
-    return total / count
+    return torch.div(*entropy_sums(input, target, sample_weight, from_logits, ignore_index))
 
 
 def entropy_sums(

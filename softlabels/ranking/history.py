@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,45 +13,57 @@ if TYPE_CHECKING:
 
 
 class PredictionHistory(nn.Module):
-    r"""Moving average, per training sample, of the doubt 1 - c that the model had about it.
+    r"""Mean, over the visits of each training sample, of the doubt 1 - c that the model had about it.
 
-    One float32 per sample, nan until the sample is first seen. A sample is met about once per epoch, every n =
-    num_samples / (rows of the batch) optimizer steps, so a visit decays the past by ``decay ** n``: the same memory,
-    counted in steps, as an EMA of the weights at ``decay``. Doubt rather than confidence is stored because float32
-    resolves numbers near 0, not near 1.
+    One float32 and one int32 per sample. Doubt rather than confidence is stored because float32 resolves numbers near
+    0, not near 1.
 
     Args:
         num_samples: Size of the training set; sample ids are in [0, num_samples).
-        decay: Decay per optimizer step, in [0, 1).
+
+    Attributes:
+        doubt: (num_samples,) float32, nan until the sample is first seen.
+        visits: (num_samples,) int32.
     """
 
     doubt: Tensor
+    visits: Tensor
 
-    def __init__(self, num_samples: int, decay: float) -> None:
+    def __init__(self, num_samples: int) -> None:
         super().__init__()
         self.num_samples = num_samples
-        self.decay = decay
         self.register_buffer("doubt", torch.full((num_samples,), torch.nan, dtype=torch.float32))
+        self.register_buffer("visits", torch.zeros(num_samples, dtype=torch.int32))
 
     @torch.no_grad()
     def rank_and_update(self, index: Tensor, log_odds: Tensor, kept: Tensor) -> Tensor:
         """Confidence to rank by, from before this batch, then average this batch in.
 
         Args:
-            index: Sample ids, row-shaped int64.
+            index: Sample ids, row-shaped int64. Rows of one id are visits of one sample.
             log_odds: Current log-odds of the confidence, row-shaped.
             kept: Row-shaped bool; other rows leave the history alone.
 
         Returns:
-            Log-odds of the averaged confidence; for samples not seen before, ``log_odds``.
+            Log-odds of the mean confidence; for samples not seen before, ``log_odds``.
         """
-        past = self.doubt[index]
-        current = torch.sigmoid(-log_odds.float())
-        seen = ~past.isnan()
-        decay = self.decay ** (self.num_samples / max(index.numel(), 1))
-        averaged = torch.where(seen, decay * past + (1.0 - decay) * current, current)
-        self.doubt[index] = torch.where(kept & ~current.isnan(), averaged, past)
-        return torch.where(seen, -torch.logit(past), log_odds.float())
+        shape, index = index.shape, index.flatten()
+        past, before = self.doubt[index], self.visits[index]
+        current = torch.sigmoid(-log_odds.flatten().float())
+        new = kept.flatten() & ~current.isnan()
+        self.visits.index_add_(0, index, new.int())
+        after = self.visits[index]
+        mean = torch.where(before > 0, past, 0.0) * before / after.clamp(min=1)
+        self.doubt[index] = torch.where(after > 0, mean, torch.nan)
+        self.doubt.index_add_(0, index, torch.where(new, current / after.clamp(min=1), 0.0))
+        return torch.where(before > 0, -torch.logit(past), log_odds.flatten().float()).view(shape)
+
+    def is_in(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether a checkpoint has a history; if not, an empty one is put there. Old ones did not count visits."""
+        found = prefix + "doubt" in state_dict
+        doubt = state_dict.setdefault(prefix + "doubt", torch.full_like(self.doubt, torch.nan))
+        state_dict.setdefault(prefix + "visits", (~doubt.isnan()).int())
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves between devices but stay float32."""
@@ -59,4 +71,4 @@ class PredictionHistory(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options."""
-        return f"num_samples={self.num_samples}, decay={self.decay}"
+        return f"num_samples={self.num_samples}"

@@ -306,7 +306,9 @@ def test_options_that_contradict_each_other():
         criterion(torch.randn(4, 100), torch.tensor([0, 1, 1, 0]))
     with pytest.raises(ValueError, match=r"num_samples must be the size of the training set, .* got None"):
         softlabels.BetaSmoothingLoss(ranking="history")
-    with pytest.raises(ValueError, match="ranking must be one of 'ema', 'history', 'batch', 'random', got 'emma'"):
+    with pytest.raises(
+        ValueError, match="ranking must be one of 'ema', 'history', 'batch', 'random', 'none', got 'emma'"
+    ):
         softlabels.BetaSmoothingLoss(ranking="emma")
 
 

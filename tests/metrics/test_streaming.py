@@ -78,7 +78,7 @@ def test_memory_does_not_grow():
             metric.update(LOGITS, TARGET.clamp(max=5))
         sizes = [sum(t.numel() for t in m.metric_state.values()) for m in (calibration, uncertainty)]
         assert sizes == [4 * 15, 2]
-    assert sum(t.numel() for t in diversity.log_odds) == 3 * 200
+    assert sum(t.numel() for t in diversity.rows) == 3 * 2 * 200
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -143,3 +143,11 @@ def test_one_row_and_probabilities():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0, 1])
+def test_all_rows_count_without_a_target(ignore_index):
+    """Also where the ignored label is a class."""
+    logits = torch.zeros(3, 4)
+    log_4 = torch.tensor(4.0, dtype=torch.float64).log()
+    torch.testing.assert_close(average_predictive_uncertainty(logits, ignore_index=ignore_index), log_4)

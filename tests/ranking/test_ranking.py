@@ -33,20 +33,31 @@ def test_ignored_labels_and_half_precision_are_valid():
     assert score.isfinite().all()
 
 
-def test_history_averages_over_visits():
-    """Two visits, of a batch that is half of the data: each visit stands for two steps."""
-    history = PredictionHistory(4, decay=0.5)
+def test_history_is_an_even_mean_of_visits():
+    history = PredictionHistory(4)
     index, kept = torch.tensor([2, 0]), torch.tensor([True, True])
     first, second = torch.tensor([0.0, 2.0]), torch.tensor([1.0, -1.0])
     assert torch.equal(history.rank_and_update(index, first, kept), first)  # not seen: the current prediction
     torch.testing.assert_close(history.rank_and_update(index, second, kept), first)
-    doubt = 0.25 * torch.sigmoid(-first) + 0.75 * torch.sigmoid(-second)
+    doubt = (torch.sigmoid(-first) + torch.sigmoid(-second)) / 2
     torch.testing.assert_close(history.rank_and_update(index, first, kept), -torch.logit(doubt))
+    third = (2 * doubt + torch.sigmoid(-first)) / 3
+    torch.testing.assert_close(history.doubt[index], third)
     assert history.doubt.isnan().tolist() == [False, True, False, True]
+    assert history.visits.tolist() == [3, 0, 3, 0]
+
+
+def test_rows_of_one_id_are_visits_of_one_sample():
+    history = PredictionHistory(2)
+    log_odds = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    kept = torch.tensor([[True, True], [False, True]])
+    history.rank_and_update(torch.zeros(2, 2, dtype=torch.int64), log_odds, kept)
+    torch.testing.assert_close(history.doubt[0], torch.sigmoid(-log_odds[kept]).mean())
+    assert history.visits.tolist() == [3, 0]
 
 
 def test_history_ignores_rows_that_are_not_kept():
-    history = PredictionHistory(3, decay=0.5)
+    history = PredictionHistory(3)
     history.rank_and_update(torch.tensor([0, 1]), torch.tensor([1.0, torch.nan]), torch.tensor([False, True]))
     assert history.doubt.isnan().all()
     assert history.double().doubt.dtype == torch.float32

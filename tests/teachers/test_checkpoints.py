@@ -76,9 +76,7 @@ def by_dcp(system, other, path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint without processes
-@pytest.mark.parametrize(
-    "way", [by_torch, by_safetensors, by_safetensors_model, pytest.param(by_dcp, marks=without_processes)]
-)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_model_that_holds_its_criterion_resumes_bit_for_bit(way, tmp_path):
     system = trained()
     assert all(isinstance(value, torch.Tensor) for value in system.state_dict().values())

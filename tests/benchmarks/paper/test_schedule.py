@@ -87,8 +87,9 @@ def stored(out):
 
 def workers(process):
     with contextlib.suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        children = psutil.Process(process.pid).children()
+        server = [child for child in children if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+        return [worker for each in server for worker in each.children()]
     return []
 
 
@@ -116,7 +117,7 @@ def test_killed_interrupted_and_resumed_gives_the_same_records(tmp_path, undistu
     assert 0 < count < 4
     assert f"interrupted; {count} runs are stored in {out}/, and the same command goes on from there" in log.read_text()
     assert "Traceback" not in log.read_text()
-    assert living(process.pid) == []
+    wait_for(lambda: not living(process.pid), 10)
 
     process = start([*COMMAND, "--out", out, "--workers", "1"], ROOT, "log")
     wait_for(lambda: log.read_text().count("dashboard at http://127.0.0.1:") == 2 and workers(process))
