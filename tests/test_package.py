@@ -107,7 +107,8 @@ def test_signatures_are_the_documented_ones():
         assert [p.name for p in parameters[-2:]] == ["ignore_index", "reduction"]
     assert str(inspect.signature(softlabels.BetaSmoothingLoss)).startswith(
         "(weight: 'Tensor | None' = None, *, label_smoothing: 'float' = 0.15, alpha: 'float' = 0.4, "
-        "concentration: 'float | None' = None, ranking: 'str' = 'ema', rank_by: 'str' = 'max', "
+        "concentration: 'float | None' = None, ranking: 'str' = 'ema', "
+        "spread: 'str | tuple[str, ...]' = 'uniform', rank_by: 'str' = 'max', "
         "ema_decay: 'float' = 0.999, num_samples: 'int | None' = None, global_ranking: 'bool' = False, "
         "generator: 'torch.Generator | None' = None"
     )

@@ -75,6 +75,9 @@ def by_dcp(system, other, path):
     set_model_state_dict(other, state["model"])
 
 
+WAYS = [by_torch, by_safetensors, by_safetensors_model, pytest.param(by_dcp, marks=without_processes)]
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint without processes
 @pytest.mark.parametrize("way", WAYS)
 def test_a_model_that_holds_its_criterion_resumes_bit_for_bit(way, tmp_path):
