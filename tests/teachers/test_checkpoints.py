@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from loops import batches, make_model, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from versions import TORCH
 
 import softlabels
 
@@ -64,6 +65,9 @@ def by_safetensors_model(system, other, path):
     assert not unexpected
 
 
+without_processes = pytest.mark.skipif(TORCH < (2, 11), reason="older torch has no no_dist=True")
+
+
 def by_dcp(system, other, path):
     dcp.save({"model": get_model_state_dict(system)}, checkpoint_id=path / "dcp", no_dist=True)
     state = {"model": get_model_state_dict(other)}
@@ -71,8 +75,11 @@ def by_dcp(system, other, path):
     set_model_state_dict(other, state["model"])
 
 
+WAYS = [by_torch, by_safetensors, by_safetensors_model, pytest.param(by_dcp, marks=without_processes)]
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.distributed.checkpoint without processes
-@pytest.mark.parametrize("way", [by_torch, by_safetensors, by_safetensors_model, by_dcp])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_model_that_holds_its_criterion_resumes_bit_for_bit(way, tmp_path):
     system = trained()
     assert all(isinstance(value, torch.Tensor) for value in system.state_dict().values())

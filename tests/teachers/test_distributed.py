@@ -7,6 +7,7 @@ import torch
 from loops import MeanTeacher, batches, train
 from processes import spawn
 from torch import nn
+from versions import TORCH
 
 import softlabels
 
@@ -141,6 +142,7 @@ def fsdp_worker(rank):
     return results
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="FSDP2 of torch 2.6 does not run on a CPU")
 def test_fsdp2(tmp_path):
     """Attached before or after sharding, it is the run of DistributedDataParallel; the averages are sharded."""
     for sharded, attached_first, whole in spawn(fsdp_worker, tmp_path).values():
