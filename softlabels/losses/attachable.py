@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from softlabels import kernels
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import Attachment, EMATeacher
 from softlabels.teachers.structures import Output
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
 
 class AttachableLoss(SoftLabelLoss):
     """A loss that can be attached to a model and then asks a teacher about each batch by itself."""
-
-    if TYPE_CHECKING:
-        teacher: EMATeacher | Any
-        """The attached teacher: an [`EMATeacher`][softlabels.EMATeacher], or the module given to ``attach``."""
 
     def __init__(self, weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
@@ -107,7 +102,7 @@ class AttachableLoss(SoftLabelLoss):
         return self
 
     def detach(self) -> Self:
-        """Undo [`attach`][softlabels.BetaSmoothingLoss.attach]: remove the hooks and let the teacher go.
+        """Undo [`attach`][softlabels.SelfDistillationLoss.attach]: remove the hooks and let the teacher go.
 
         Returns:
             The loss itself.
@@ -154,7 +149,7 @@ class AttachableLoss(SoftLabelLoss):
         if attachment.teacher is None and attachment.model is not None:  # a loss that had needed none
             self._add_teacher(attachment, attachment.model, None)
         if torch.compiler.is_compiling():
-            kernels.break_graph(
+            torch._dynamo.graph_break(
                 "softlabels: the teacher's pass cannot be part of the compiled graph. Compile the model instead of the "
                 "whole step, or leave out fullgraph=True"
             )
@@ -165,22 +160,21 @@ class AttachableLoss(SoftLabelLoss):
             raise RuntimeError(
                 f"{name} was given logits that come from no training forward pass of the attached model. Call the "
                 "model itself, model(x) and not model.forward(x), in training mode with grad enabled, and give the "
-                "loss what it returns (if the model was compiled and run before attach, or DataParallel runs it on "
-                "several devices, attach the wrapper); "
-                f"for a model in eval mode, pass {given}= to the call. For evaluation, use criterion.eval() or "
-                "torch.no_grad()"
+                "loss what it returns (if the model was compiled and run before attach, attach the compiled wrapper; "
+                f"if DataParallel copies it to several devices, attach that); for a model in eval mode, pass {given}= "
+                "to the call. For evaluation, use criterion.eval() or torch.no_grad()"
             )
         return logits  # type: ignore[no-any-return]
 
     def _add_teacher(self, attachment: Attachment, model: nn.Module, teacher: nn.Module | None) -> None:
         waiting = self._modules.get("teacher")  # in a copy, or after load_state_dict
         if teacher is None:
-            teacher = self.make_teacher(model) if waiting is None else waiting
+            teacher = EMATeacher(model, waiting.decay) if isinstance(waiting, EMATeacher) else self.make_teacher(model)
         teacher = attachment.ask(model, teacher)
+        if waiting is not None and isinstance(teacher, EMATeacher):
+            teacher.load_state_dict(waiting.state_dict())
         self._modules.pop("teacher", None)
         if isinstance(teacher, EMATeacher):
-            if waiting is not None and waiting is not teacher:
-                teacher.load_state_dict(waiting.state_dict())
             self.add_module("teacher", teacher)
         else:
             self.__dict__["teacher"] = teacher  # not a submodule: neither saved nor moved with the loss
@@ -189,12 +183,19 @@ class AttachableLoss(SoftLabelLoss):
         warnings.warn(f"the checkpoint has no {what} for {type(self).__name__}; {consequence}", stacklevel=2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        teacher = [key for key in state_dict if key.startswith(prefix + "teacher.")]
-        if teacher and not hasattr(self, "teacher"):
+        teacher = prefix + "teacher."
+        keys = [key for key in state_dict if key.startswith(teacher)]
+        if keys and not hasattr(self, "teacher"):
             self.add_module("teacher", self.make_teacher(None))  # which waits for the model
         elif "teacher" not in self._modules:
-            for key in teacher:  # of an EMA, and now there is a frozen one
+            for key in keys:  # of an EMA, and now there is a frozen one
                 del state_dict[key]
+        elif not keys:
+            waiting: Any = self.teacher
+            if self.attached:
+                self._warn_missing("EMA teacher", "its average restarts from the model's present weights")
+                waiting.restart()
+            state_dict.update(waiting.state_dict(prefix=teacher))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -148,8 +148,9 @@ def _check_apart(model: nn.Module, teacher: nn.Module) -> None:
 
 def _difference(logits: Tensor, input: Tensor) -> str:
     classes = min(1, input.dim() - 1)
-    if logits.dim() == input.dim() > 0 and logits.select(classes, 0).shape == input.select(classes, 0).shape:
-        return f"it knows {logits.shape[classes]} classes, and the model {input.shape[classes]}"
+    ours, theirs = input.shape[classes : classes + 1], logits.shape[classes : classes + 1]
+    if ours != theirs and logits.dim() == input.dim() and logits.numel() * ours[0] == input.numel() * theirs[0]:
+        return f"it knows {theirs[0]} classes, and the model {ours[0]}"
     return (
         "if they are reshaped or copied on the way from the model to the loss, let attach(..., output=...) do the same "
         "to what the teacher returns"

@@ -143,12 +143,9 @@ class EMATeacher(nn.Module):
                     f"model has a parameter that is not initialised yet, {name!r}; run one forward pass before the "
                     "teacher is made"
                 )
-        buffers = dict(source.named_buffers())  # which a checkpoint of the first version has among the averages
-        averages = {name: average for name, average in self._averages.items() if name not in buffers}
-        if not _fits(averages, found.parameters):
+        if not _fits(self._averages, found.parameters):
             raise ValueError("model does not have the parameters of the model that this EMATeacher was made from")
         self._source, self._steps = weakref.ref(source), None
-        self._averages = averages
         if not self._num_updates:
             self._begin(found)
 
@@ -341,17 +338,11 @@ class EMATeacher(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         _, _, missing_keys, unexpected_keys, error_msgs = args
         state = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        if not state:
-            warnings.warn(
-                f"the checkpoint has no state of {type(self).__name__}; its average restarts from the model's present "
-                "weights",
-                stacklevel=2,
-            )
-            self.restart()
-            return
-        own, found = self._entries(), Parts({}, {}) if self.source is None else parts(self.source)
+        source = self.source
+        own, found = self._entries(), Parts({}, {}) if source is None else parts(source)
+        others = {} if source is None else dict(source.named_buffers())  # which the first version saved too
         if "_extra_state" in state:
-            state = {k: v for k, v in _from_copies(state).items() if k in own or self.source is None}
+            state = {k: v for k, v in _from_copies(state).items() if k in own or source is None}
         wanted = {**self._averages, **self._statistics, **found.parameters, **found.statistics()}
         names = {name.replace(".", "/"): name for name in wanted}
         for key, value in state.items():
@@ -359,8 +350,8 @@ class EMATeacher(nn.Module):
             name = names.get(name, name.replace("/", "."))
             if key in COUNTERS:
                 setattr(self, f"_{key}", int(value))
-            elif kind not in KINDS or (name not in wanted and self.source is not None):
-                unexpected_keys.append(prefix + key)
+            elif kind not in KINDS or (name not in wanted and source is not None):
+                unexpected_keys += [] if name in others else [prefix + key]
             elif name in wanted and wanted[name].shape != value.shape:
                 shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(wanted[name].shape)} in the model"
                 error_msgs.append(f"size mismatch for {key}: {shapes}")

@@ -112,13 +112,12 @@ def check_model(model: Any) -> None:
     """Raise for what is no model, or has weights that are not the parameters that it names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    modules = list(model.modules())
-    sharded = any(hasattr(type(module), "reshard") for module in modules)  # by FSDP2, which leaves the same mark
-    for module in modules:
+    sharded = any(hasattr(type(module), "reshard") for module in model.modules())  # by FSDP2, with the same mark
+    for module in model.modules():
         if hasattr(module, "_fsdp_wrapped_module") or ("_fsdp_use_orig_params" in vars(module) and not sharded):
             raise TypeError(
-                "model is sharded by FullyShardedDataParallel (FSDP1), or is only a part of what is sharded; shard it "
-                "itself with fully_shard (FSDP2)"
+                "model is sharded by FullyShardedDataParallel (FSDP1), or only a part of what is sharded; shard it "
+                "with fully_shard (FSDP2)"
             )
         if isinstance(module, jit.ScriptModule):
             raise TypeError("model holds a ScriptModule; attach to the module that it was made of, and train that")

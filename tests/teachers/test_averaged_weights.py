@@ -264,6 +264,20 @@ def test_batch_norm_that_is_frozen_takes_one_row():
     assert not model[1].training
 
 
+def test_statistics_that_are_frozen_midway_are_the_models():
+    """For the teacher too, as everything that is done to the model; until then they were its own."""
+    model = make_model()
+    criterion = softlabels.SelfDistillationLoss().attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, criterion, optimizer, batches(3))
+    assert not torch.equal(criterion.teacher.averaged_model()[1].running_mean, model[1].running_mean)
+    model[1].eval()
+    train(model, criterion, optimizer, batches(1))
+    assert torch.equal(criterion.teacher.averaged_model()[1].running_mean, model[1].running_mean)
+    x = batches(1)[0][0]
+    assert torch.equal(criterion.teacher.eval()(x), criterion.teacher.averaged_model()(x))
+
+
 def test_modes_are_those_of_the_pass():
     """Validation between the pass and the loss; a mode that somebody switches for a moment."""
     model = make_model()
@@ -413,7 +427,8 @@ def test_copies_and_pickles_of_the_model_know_nothing_of_softlabels(tmp_path):
     assert (tmp_path / "model.pt").stat().st_size < 20_000  # no inputs, no teacher
     code = (
         "import sys; sys.modules['softlabels'] = None; import torch; "
-        f"m = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); m(torch.randn(3, 4)).sum().backward()"
+        f"m = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); m(torch.randn(3, 4)).sum().backward(); "
+        "[m.register_forward_pre_hook(lambda module, args: None) for _ in range(99)]; m(torch.randn(3, 4))"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     buffer = io.BytesIO()

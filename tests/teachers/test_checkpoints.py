@@ -210,3 +210,24 @@ def test_copies_of_a_loss_say_that_they_are_copies(how, tmp_path):
     twin.detach()
     with pytest.raises(RuntimeError, match=r"add criterion\.attach\(model\)"):
         twin(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
+
+
+def test_a_loss_that_is_not_attached_yet_keeps_what_was_loaded():
+    """It is saved again as it is, and goes to whatever teacher attach brings; a frozen one needs none."""
+    system = trained()
+    state = {key: value for key, value in system.criterion.state_dict().items() if key.startswith("teacher.")}
+    criterion = softlabels.SelfDistillationLoss()
+    criterion.load_state_dict(state)
+    assert not criterion.attached
+    assert all(torch.equal(value, state[key]) for key, value in criterion.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"Missing key.*averages/weight"):
+        criterion.attach(nn.Linear(4, 3))
+    assert not criterion.attached
+    teacher = softlabels.EMATeacher(system.net, 0.5)
+    assert criterion.attach(system.net, teacher=teacher).teacher is teacher
+    assert (teacher.num_updates, teacher.decay) == (6, 0.5)
+    twin = copy.deepcopy(criterion).attach(system.net)
+    assert (twin.teacher.num_updates, twin.teacher.decay) == (6, 0.5)
+    frozen = softlabels.SelfDistillationLoss().attach(system.net, teacher=nn.Linear(4, 3))
+    frozen.load_state_dict(state)
+    assert not frozen.state_dict()

@@ -169,6 +169,44 @@ def test_two_passes_of_a_compiled_model_keep_apart(attach_to, fullgraph):
     assert [torch.equal(args[0], x) for args, x in zip(seen, (OTHER, X), strict=True)] == [True, True]
 
 
+VIEWED = {
+    "split in unequal parts": lambda z: z.split([2, 3, 7], 1)[1],
+    "repeated": lambda z: z[:, :3].repeat(2, 1),
+    "repeated row by row": lambda z: z[:, :3].repeat_interleave(2, 0),
+    "classes last": lambda z: z.view(8, 3, 4).mT.reshape(-1, 3),
+    "every fourth": lambda z: z[:, ::4],
+    "from the end": lambda z: z[:, -3:].unsqueeze(1).squeeze(1),
+}
+
+
+@pytest.mark.parametrize("name", VIEWED)
+def test_views_are_followed(name):
+    model = nn.Linear(4, 12)
+    criterion = attached(model)
+    logits = VIEWED[name](model(X))
+    torch.testing.assert_close(criterion(logits, torch.zeros(len(logits), dtype=torch.long)), entropy(logits))
+
+
+ORDER = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])
+MOVED = {
+    "picked": lambda z: z[ORDER],
+    "written into another": lambda z: torch.zeros(8, 3).index_put((ORDER,), z),
+    "copied into another": lambda z: torch.zeros(8, 3).index_copy(0, ORDER, z),
+    "scattered": lambda z: torch.zeros(8, 3).scatter(0, ORDER[:, None].expand(8, 3), z),
+    "turned": lambda z: z.rot90(2),
+    "taken": lambda z: z.take(torch.arange(24).flip(0).view(8, 3)),
+    "padded and cut": lambda z: nn.functional.pad(z, (0, 0, 3, 0))[:8],
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_rows_that_are_moved_raise(name):
+    model = nn.Linear(4, 3)
+    criterion = attached(model)
+    with pytest.raises(RuntimeError, match=r"attach\(\.\.\., output=\.\.\.\) do the same"):
+        criterion(MOVED[name](model(X)), Y)
+
+
 def test_a_left_over_pass_belongs_to_nobody():
     model = make_model()
     criterion = softlabels.SelfDistillationLoss().attach(model)
@@ -426,6 +464,42 @@ def test_autocast_inside_forward_is_the_teachers_too():
     logits = model(X)
     torch.testing.assert_close(criterion(logits, Y), entropy(logits), rtol=0, atol=1e-6)
     assert dtypes == [torch.bfloat16, torch.bfloat16]
+
+
+class SeveralDevices(nn.DataParallel):
+    """Without devices: inputs are cast as they would be moved, replicas run one after the other."""
+
+    def forward(self, x):
+        outputs = []
+        for rows in x.to(self.module.weight.dtype).chunk(2):
+            replica = self.module._replicate_for_data_parallel()
+            for name, parameter in self.module.named_parameters():
+                setattr(replica, name, parameter.clone())
+            outputs.append(replica(rows))
+        return torch.cat(outputs)
+
+
+def test_data_parallel_over_several_devices_is_attached_as_a_wrapper():
+    model = nn.Linear(4, 3).double()
+    called = SeveralDevices(model)
+    criterion, seen = attached(called), seen_by(called)
+    logits = called(X)
+    torch.testing.assert_close(criterion(logits, Y), entropy(logits), check_dtype=False)
+    assert not seen  # the teacher's pass is one of the model itself
+    inner = attached(model)
+    with pytest.raises(RuntimeError, match=r"DataParallel copies it to several devices, attach that"):
+        inner(called(X), Y)
+
+
+def test_a_model_that_is_sharded_after_attach_by_fsdp1_raises():
+    model = nn.Sequential(nn.Linear(4, 3))
+    criterion = attached(model)
+    model.__dict__["_fsdp_use_orig_params"] = False  # the mark that FullyShardedDataParallel leaves
+    model[0]._parameters.clear()
+    model.register_parameter("_flat_param", nn.Parameter(torch.zeros(15)))
+    with pytest.raises(TypeError, match=r"FSDP1.*fully_shard"):
+        model(X)
+    assert criterion.attached
 
 
 def test_replicas_of_data_parallel_are_not_passes_of_the_model():

@@ -120,6 +120,44 @@ def test_two_optimizers_make_one_round(order):
     assert_same_parameters(criterion.teacher, by_hand)
 
 
+def test_two_optimizers_of_two_models():
+    """As of a GAN, two for each round: a model's steps are those of the optimizer that owns it."""
+    generator, critic = nn.Linear(4, 4), make_model()
+    steps_of = [torch.optim.SGD(generator.parameters(), lr=0.1), torch.optim.SGD(critic.parameters(), lr=0.1)]
+    criterion, by_hand = attached(critic), MeanTeacher(critic, 0.8)
+    for x, y in batches(6):
+        criterion(critic(generator(x).detach()), y).backward()
+        steps_of[1].step()
+        by_hand.step()
+        critic(generator(x)).square().mean().backward()
+        steps_of[0].step()
+        generator.zero_grad()
+        critic.zero_grad()
+    assert criterion.teacher.num_updates == 6
+    assert_same_parameters(criterion.teacher, by_hand)
+
+
+def test_an_optimizer_for_each_parameter_that_steps_in_the_backward_pass():
+    model = make_model()
+    criterion, by_hand = attached(model), MeanTeacher(model, 0.8)
+    for parameter in model.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        parameter.register_post_accumulate_grad_hook(lambda _, own=optimizer: own.step() or own.zero_grad())
+    for x, y in batches(5):
+        criterion(model(x), y).backward()
+        by_hand.step()
+    assert criterion.teacher.num_updates == 5
+    assert_same_parameters(criterion.teacher, by_hand)
+
+
+def replaced(model):
+    def step():
+        for module in (model[0], model[4]):
+            module.weight = nn.Parameter(module.weight - 0.1 * module.weight.grad)
+
+    return step
+
+
 def test_an_optimizer_of_some_parameters():
     """The head alone is trained, though the body requires grad; steps between two passes are one."""
     model = make_model()
@@ -434,7 +472,7 @@ def plain(model):
     return step
 
 
-@pytest.mark.parametrize("make", [plain, masters_of, flat_buffer_of])
+@pytest.mark.parametrize("make", [plain, masters_of, flat_buffer_of, replaced])
 def test_where_no_optimizer_owns_the_weights_their_change_is_the_step(make):
     model = make_model()
     step = make(model)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib.util
+import pickle
+import sys
+import types
 import typing
 
 import pytest
@@ -34,9 +39,9 @@ def test_ema_pytorch_over_a_module_that_contains_the_loss():
     optimizer = torch.optim.SGD(system.net.parameters(), lr=0.1)
     train(system.net, system.criterion, optimizer, batches(4), average.update)
     assert system.criterion.teacher.num_updates == 4
-    copy = dict(average.ema_model.net.named_parameters())
-    assert copy.keys() == dict(system.net.named_parameters()).keys()
-    assert not torch.equal(copy["0.weight"], system.net[0].weight)
+    averages = dict(average.ema_model.net.named_parameters())
+    assert averages.keys() == dict(system.net.named_parameters()).keys()
+    assert not torch.equal(averages["0.weight"], system.net[0].weight)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -109,7 +114,70 @@ def test_a_model_is_scripted_after_attach():
     model = make_model().eval()
     criterion = softlabels.BetaSmoothingLoss().attach(model)
     x, y = batches(1)[0]
-    scripted = torch.jit.script(model)
-    assert torch.equal(scripted(x), model(x))
+    copies = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), criterion.teacher.averaged_model()]
+    for scripted in (*copies, copy.deepcopy(nn.Sequential(model)), copy.deepcopy(copies[2])):
+        assert torch.equal(torch.jit.script(scripted)(x), model(x))
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script\(copy\.deepcopy\(module\)\)"):
+        torch.jit.script(nn.Sequential(model))  # where torch leaves what it scripts in the place of the model
     model.train()
     assert criterion(model(x), y).isfinite()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fastai_whose_optimizer_is_its_own(monkeypatch):
+    if importlib.util.find_spec("fasthtml") is None:  # with which fastai draws progress bars
+        for name in ("fasthtml", "fasthtml.common"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    model = make_model()
+    optimizer = pytest.importorskip("fastai.optimizer").SGD(model.parameters(), lr=0.1, mom=0.9)
+    assert not isinstance(optimizer, torch.optim.Optimizer)
+    criterion, by_hand = softlabels.BetaSmoothingLoss(ema_decay=0.8).attach(model), MeanTeacher(model, 0.8)
+    train(model, criterion, optimizer, batches(5), by_hand.step)
+    model(batches(1)[0][0])  # a change of the weights is seen at the next pass
+    assert criterion.teacher.num_updates == 5
+    assert_same_parameters(criterion.teacher, by_hand)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_weight_averaging_of_lightning_over_a_module_that_holds_the_loss(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("of Lightning 2.6")
+
+    class Lit(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.criterion, self.net = softlabels.BetaSmoothingLoss(ema_decay=0.8), make_model()
+            self.criterion.attach(self.net)
+
+        def training_step(self, batch, _):
+            x, y = batch
+            return self.criterion(self.net(x), y)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    module = Lit()
+    by_hand = MeanTeacher(module.net, 0.8)
+
+    class Compared(callbacks.EMAWeightAveraging):
+        def on_train_batch_end(self, *args):
+            by_hand.step()
+            super().on_train_batch_end(*args)
+
+        def on_train_end(self, *args):
+            average = self._average_model.module.net  # of the weights of the net alone, and its own buffers
+            assert average.state_dict().keys() == module.net.state_dict().keys()
+            assert not torch.equal(average[0].weight, module.net[0].weight)
+            assert module.criterion.teacher.num_updates == 5
+            assert_same_parameters(module.criterion.teacher, by_hand)
+            seen.append(True)
+
+    seen = []
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[Compared(decay=0.9)],
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(batches(5), batch_size=None))
+    assert seen == [True]
