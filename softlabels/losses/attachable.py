@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from softlabels import kernels
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import Attachment, EMATeacher
 from softlabels.teachers.structures import Output
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 class AttachableLoss(SoftLabelLoss):
     """A loss that can be attached to a model and then asks a teacher about each batch by itself."""
+
+    if TYPE_CHECKING:
+        teacher: EMATeacher | Any
+        """The attached teacher: an [`EMATeacher`][softlabels.EMATeacher], or the module given to ``attach``."""
 
     def __init__(self, weight: Tensor | None = None, *, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
@@ -102,7 +107,7 @@ class AttachableLoss(SoftLabelLoss):
         return self
 
     def detach(self) -> Self:
-        """Undo [`attach`][softlabels.SelfDistillationLoss.attach]: remove the hooks and let the teacher go.
+        """Undo [`attach`][softlabels.BetaSmoothingLoss.attach]: remove the hooks and let the teacher go.
 
         Returns:
             The loss itself.
@@ -149,7 +154,7 @@ class AttachableLoss(SoftLabelLoss):
         if attachment.teacher is None and attachment.model is not None:  # a loss that had needed none
             self._add_teacher(attachment, attachment.model, None)
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break(
+            kernels.break_graph(
                 "softlabels: the teacher's pass cannot be part of the compiled graph. Compile the model instead of the "
                 "whole step, or leave out fullgraph=True"
             )
