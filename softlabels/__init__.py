@@ -1,6 +1,6 @@
 """Drop-in PyTorch losses whose soft labels fit each training instance."""
 
-from softlabels import functional, metrics, plotting, tuning
+from softlabels import data, functional, metrics, plotting, tuning
 from softlabels.kernels.backend import backend, get_backend, set_backend
 from softlabels.losses import (
     BetaSmoothingLoss,
@@ -24,6 +24,7 @@ __all__ = [
     "SelfDistillationLoss",
     "__version__",
     "backend",
+    "data",
     "functional",
     "get_backend",
     "metrics",

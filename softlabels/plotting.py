@@ -7,7 +7,8 @@ current figure are left alone. Text and lines take the colours of the axes' styl
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from softlabels.metrics.calibration import ReliabilityCurve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["reliability_diagram", "soft_labels"]
+    from softlabels import BetaSmoothingLoss
+
+__all__ = ["HardSamples", "class_profiles", "hardest", "reliability_diagram", "soft_labels"]
 
 # Of middling luminance: contrast of at least 3 with white paper and with dark pages, and different in grey.
 BLUE, ORANGE, GREY = "#2f81c1", "#dd7e33", "#8c8c8c"
@@ -195,6 +198,138 @@ def soft_labels(targets: Tensor, target: Tensor, *, ax: Axes | None = None, titl
         ax.set_title(title)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def class_profiles(
+    criterion: BetaSmoothingLoss,
+    *,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    title: str | None = None,
+) -> Axes:
+    r"""Draw which classes are taken for which, in an order that puts classes next to those that they are like.
+
+    The shade of row $c$ and column $k$ is the share of class $k$ in what the predictions on rows of class $c$ give to
+    other classes: where Beta smoothing with ``spread="classes"`` puts the mass that leaves the label. Groups of alike
+    classes are dark squares on the diagonal, which itself is empty. The order is that of the leaves of an average
+    linkage of the shares, both ways summed.
+
+    Args:
+        criterion: A loss with ``spread="classes"`` or ``"samples"`` that has seen training batches.
+        names: Names of the classes, written at both axes. None: their numbers, where there are at most 40.
+        ax: Matplotlib axes to draw on. None: those of a new figure, ``ax.figure``, which pyplot does not know.
+        title: Written above.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the loss has no class profiles, or ``names`` are not one per class.
+
+    Example:
+        >>> import torch, softlabels
+        >>> criterion = softlabels.BetaSmoothingLoss(ranking="batch", spread="classes")
+        >>> logits = torch.randn(64, 5, requires_grad=True)
+        >>> loss = criterion(logits, torch.randint(5, (64,)))
+        >>> ax = softlabels.plotting.class_profiles(criterion, names=["shirt", "coat", "dress", "bag", "boot"])
+        >>> ax.get_ylabel()
+        'class'
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 8, which leaves better priors
+        open; this is one of ours.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    profiles = getattr(getattr(criterion, "learned_spread", None), "class_profiles", torch.empty(0))
+    if profiles.numel() == 0:
+        raise ValueError(
+            f"criterion must be a loss with spread='classes' or 'samples' after a training batch, got {criterion!r}"
+        )
+    num_classes = len(profiles)
+    if names is not None and len(names) != num_classes:
+        raise ValueError(f"names must be one per class, {num_classes}, got {len(names)}")
+    shares = profiles.detach().double().cpu().clone().fill_diagonal_(0.0)
+    shares /= shares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    order = list(range(num_classes))
+    if num_classes > 2:
+        alike = shares + shares.T
+        distances = squareform((alike.max() - alike).fill_diagonal_(0.0).numpy())
+        order = leaves_list(linkage(distances, "average", optimal_ordering=num_classes <= 500)).tolist()
+    ax = _axes(ax)
+    image = ax.imshow(shares[order][:, order].numpy(), cmap="Blues", vmin=0.0, interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label="share of what leaves the label")
+    ax.set(ylabel="class", xlabel="taken for")
+    if names is not None or num_classes <= 40:
+        shown = [str(c) if names is None else names[c] for c in order]
+        ax.set_xticks(range(num_classes), shown, rotation=90)
+        ax.set_yticks(range(num_classes), shown)
+    if title:
+        ax.set_title(title)
+    return ax
+
+
+class HardSamples(NamedTuple):
+    """What [`hardest`][softlabels.plotting.hardest] returns.
+
+    Attributes:
+        samples: (n,) int64. Their numbers, the one of most doubt first.
+        doubt: (n,) float32. One less the mean probability that their label had at past visits.
+        taken_for: (n,) int64. The class of the largest mean probability at past visits; None where the loss does not
+            remember predictions.
+
+    Example:
+        >>> import torch
+        >>> from softlabels.plotting import HardSamples
+        >>> found = HardSamples(samples=torch.tensor([2]), doubt=torch.tensor([0.9]), taken_for=None)
+        >>> found.samples.tolist()
+        [2]
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 8, which leaves better priors
+        open; this is one of ours.
+    """
+
+    samples: Tensor
+    doubt: Tensor
+    taken_for: Tensor | None
+
+
+def hardest(criterion: BetaSmoothingLoss, n: int = 20) -> HardSamples:
+    """List the samples whose label was doubted most over the whole run: wrong labels are among them.
+
+    Args:
+        criterion: A loss with ``ranking="history"`` that has seen training batches; with ``spread="samples"`` it also
+            says what the samples were taken for.
+        n: How many, at least 1; fewer where fewer samples were seen.
+
+    Raises:
+        ValueError: the loss has no history of its samples.
+
+    Example:
+        >>> import torch, softlabels
+        >>> criterion = softlabels.BetaSmoothingLoss(ranking="history", spread="samples", num_samples=3)
+        >>> logits = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]], requires_grad=True)
+        >>> loss = criterion(logits, torch.tensor([0, 1, 1]), index=torch.arange(3))  # the last label is wrong
+        >>> found = softlabels.plotting.hardest(criterion, n=1)
+        >>> found.samples.item(), found.taken_for.item()
+        (2, 0)
+
+    Reference:
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 8, which leaves better priors
+        open; this is one of ours.
+    """
+    _checks.check_count("n", n)
+    history = getattr(criterion, "history", None)
+    if history is None:
+        raise ValueError(f"criterion must be a loss with ranking='history', got {criterion!r}")
+    seen = (history.visits > 0).nonzero().squeeze(1)
+    doubt, place = history.doubt[seen].sort(descending=True, stable=True)
+    index = seen[place[:n]]
+    past = getattr(getattr(criterion, "learned_spread", None), "past", None)
+    return HardSamples(index, doubt[:n], None if past is None else past[index].float().argmax(1))
 
 
 def _bars(ax: Axes, curve: ReliabilityCurve, filled: Tensor, ink: Any) -> None:

@@ -80,11 +80,11 @@ def test_relative_links_resolve(name):
 
 def test_api_pages_are_complete():
     page = "".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
-    modules = ("functional", "metrics", "plotting", "tuning")
+    modules = ("data", "functional", "metrics", "plotting", "tuning")
     names = [f"softlabels.{n}" for n in softlabels.__all__ if n != "__version__" and n not in modules]
     for module in (functional, metrics, plotting, tuning):
         names += [f"{module.__name__}.{n}" for n in module.__all__]
-    for name in names:
+    for name in [*names, "softlabels.data.WithIndex"]:
         assert f"::: {name}\n" in page, name
 
 

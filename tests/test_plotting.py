@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import matplotlib.style
+import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+import softlabels
 from softlabels import plotting
 from softlabels.functional import beta_smoothing_targets, distillation_targets
 from softlabels.metrics import reliability_curve
@@ -166,3 +168,44 @@ def test_without_matplotlib_the_error_names_the_extra():
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == "softlabels.plotting needs matplotlib: pip install 'softlabels[plot]'\n"
+
+
+def trained(**options):
+    """A loss that has seen classes 0 and 3, 1 and 2, 4 and 5 taken for each other."""
+    like = torch.tensor([3, 2, 1, 0, 5, 4])
+    criterion = softlabels.BetaSmoothingLoss(spread=("classes", "samples"), num_samples=12, **options)
+    target = torch.arange(12) % 6
+    logits = 4.0 * torch.nn.functional.one_hot(target, 6) + 3.0 * torch.nn.functional.one_hot(like[target], 6)
+    criterion(logits.requires_grad_(), target, index=torch.arange(12))
+    return criterion
+
+
+def test_class_profiles_put_alike_classes_side_by_side():
+    ax = plotting.class_profiles(trained(ranking="none"), title="profiles")
+    order = [int(label.get_text()) for label in ax.get_yticklabels()]
+    assert {frozenset(order[i : i + 2]) for i in (0, 2, 4)} == {frozenset(p) for p in ((0, 3), (1, 2), (4, 5))}
+    shares = ax.images[0].get_array()
+    assert np.allclose(shares.sum(1), 1.0)
+    assert np.allclose(np.diag(shares), 0.0)
+    for i, c in enumerate(order):
+        assert order[int(shares[i].argmax())] == [3, 2, 1, 0, 5, 4][c]
+    assert ax.get_title() == "profiles"
+    with pytest.raises(ValueError, match="names must be one per class, 6, got 1"):
+        plotting.class_profiles(trained(ranking="none"), names=["a"])
+    with pytest.raises(ValueError, match="spread='classes' or 'samples' after a training batch"):
+        plotting.class_profiles(softlabels.BetaSmoothingLoss())
+
+
+def test_hardest_are_those_whose_label_was_doubted():
+    criterion = trained(ranking="history")
+    wrong = torch.full((1, 6), -4.0)
+    wrong[0, 5] = 4.0
+    for _ in range(2):
+        criterion(wrong.clone().requires_grad_(), torch.tensor([1]), index=torch.tensor([7]))
+    found = plotting.hardest(criterion, 3)
+    assert found.samples[0] == 7
+    assert found.taken_for[0] == 5
+    assert found.doubt[0] > found.doubt[1] >= found.doubt[2]
+    assert len(plotting.hardest(criterion, 100).samples) == 12
+    with pytest.raises(ValueError, match="ranking='history'"):
+        plotting.hardest(trained(ranking="none"))
