@@ -237,8 +237,8 @@ def class_profiles(
         'class'
 
     Reference:
-        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 8, which leaves better priors
-        open; this is one of ours.
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 8, which leaves better
+        priors open; this is one of ours.
     """
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
@@ -288,8 +288,8 @@ class HardSamples(NamedTuple):
         [2]
 
     Reference:
-        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 8, which leaves better priors
-        open; this is one of ours.
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 8, which leaves better
+        priors open; this is one of ours.
     """
 
     samples: Tensor
@@ -318,8 +318,8 @@ def hardest(criterion: BetaSmoothingLoss, n: int = 20) -> HardSamples:
         (2, 0)
 
     Reference:
-        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 8, which leaves better priors
-        open; this is one of ours.
+        Zhang & Sabuncu, *Self-Distillation as Instance-Specific Label Smoothing*, 2020, sec. 8, which leaves better
+        priors open; this is one of ours.
     """
     _checks.check_count("n", n)
     history = getattr(criterion, "history", None)
