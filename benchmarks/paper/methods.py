@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,9 +52,14 @@ def beta_smoothing(
     alpha: float = BETA_ALPHA,
     ranking: str = "ema",
     rank_by: str = "max",
+    spread: str | tuple[str, ...] = "uniform",
 ) -> Method:
     """Beta smoothing (sec. 6) with the given average share of the true class."""
-    options = {"true_class": true_class, "alpha": alpha, "ranking": ranking, "rank_by": rank_by}
+    options: dict[str, Any] = {"true_class": true_class, "alpha": alpha, "ranking": ranking, "rank_by": rank_by}
+    if spread != "uniform":  # options that came later are left out of the keys of stored runs where they change nothing
+        options["spread"] = spread
+    if ranking == "history":
+        options["memory"] = "whole run"  # it was as long as the EMA's, before
     return Method("Beta smoothing", {**options, "ema_decay": ema_decay})
 
 
@@ -117,15 +122,25 @@ def _make_label_smoothing(task: Task, true_class: float) -> nn.Module:
 
 
 def _make_beta_smoothing(
-    task: Task, true_class: float, alpha: float, ranking: str, rank_by: str, ema_decay: float
+    task: Task,
+    true_class: float,
+    alpha: float,
+    ranking: str,
+    rank_by: str,
+    ema_decay: float,
+    spread: str | Sequence[str] = "uniform",
+    memory: str = "whole run",
 ) -> nn.Module:
+    if memory != "whole run":
+        raise ValueError(f"memory must be 'whole run', got {memory!r}")
     criterion = softlabels.BetaSmoothingLoss(
         label_smoothing=tuning.label_smoothing_for(true_class, task.num_classes),
         alpha=alpha,
         ranking=ranking,
         rank_by=rank_by,
         ema_decay=ema_decay,
-        num_samples=len(task.labels) if ranking == "history" else None,
+        spread=spread if isinstance(spread, str) else tuple(spread),
+        num_samples=len(task.labels) if ranking == "history" or "samples" in spread else None,
     )
     return criterion.attach(task.model) if ranking == "ema" else criterion
 

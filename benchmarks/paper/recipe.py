@@ -95,7 +95,7 @@ def train(
     milestones = [round(fraction * recipe.epochs) for fraction in recipe.milestones]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, recipe.lr_factor)
     run = torch.compile(model) if recipe.compile else model
-    needs_index = getattr(criterion, "ranking", None) == "history"  # which samples these are, for their own past
+    needs_index = getattr(criterion, "num_samples", None) is not None  # which samples these are, for their own past
     best, best_accuracy, history = copy.deepcopy(model.state_dict()), -1.0, []
     for epoch in range(recipe.epochs):
         model.train()
