@@ -41,8 +41,8 @@ def planned(seeds: int) -> str:
     few = f"{seeds} of at least {LEAST_SEEDS} seeds, so that nothing is decided."
     count = few if seeds < LEAST_SEEDS else f"{seeds} seeds, as planned before the first."
     return (
-        f"{count} Each line is a two-sided t-test of values paired by seed; p is adjusted for the number of lines of its "
-        "claim (Holm), and decides if it is below 0.05."
+        f"{count} Each line is a two-sided t-test of values paired by seed; p is adjusted for the number of lines of "
+        "its claim (Holm), and decides if it is below 0.05."
     )
 
 
