@@ -38,10 +38,11 @@ def provenance(results: Results, command: str) -> str:
 
 def planned(seeds: int) -> str:
     """Say how verdicts are made, once."""
-    few = f" Fewer than {LEAST_SEEDS} decide nothing." if seeds < LEAST_SEEDS else ""
+    few = f"{seeds} of at least {LEAST_SEEDS} seeds, so that nothing is decided."
+    count = few if seeds < LEAST_SEEDS else f"{seeds} seeds, as planned before the first."
     return (
-        f"{seeds} seeds, as planned before the first.{few} Each line is a two-sided t-test of values paired by seed; p "
-        "is adjusted for the number of lines of its claim (Holm), and decides if it is below 0.05."
+        f"{count} Each line is a two-sided t-test of values paired by seed; p is adjusted for the number of lines of "
+        "its claim (Holm), and decides if it is below 0.05."
     )
 
 
