@@ -106,7 +106,7 @@ class EMATeacher(nn.Module):
 
     @property
     def num_updates(self) -> int:
-        """How many optimizer steps are in the average."""
+        """How many times the model was averaged in: steps between two looks, such as training passes, are one."""
         self.take_in()
         return self._num_updates
 
