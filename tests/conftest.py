@@ -7,6 +7,8 @@ from hypothesis import settings
 
 import softlabels
 
+collect_ignore = ["look_at_the_site.py"]  # a command, which needs a browser
+
 settings.register_profile("softlabels", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("softlabels")
 
