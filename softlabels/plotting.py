@@ -243,8 +243,8 @@ def class_profiles(
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
-    profiles = getattr(getattr(criterion, "learned_spread", None), "class_profiles", torch.empty(0))
-    if profiles.numel() == 0:
+    profiles = getattr(criterion, "class_profiles", None)
+    if profiles is None or profiles.numel() == 0:
         raise ValueError(
             f"criterion must be a loss with spread='classes' or 'samples' after a training batch, got {criterion!r}"
         )

@@ -279,6 +279,14 @@ class BetaSmoothingLoss(AttachableLoss):
         return EMATeacher(model, self.ema_decay)
 
     @property
+    def class_profiles(self) -> Tensor | None:
+        """The mean prediction on the rows of each class (K, K), float32; None without a spread that needs it.
+
+        Empty until the first training batch tells the number of classes.
+        """
+        return getattr(getattr(self, "learned_spread", None), "class_profiles", None)
+
+    @property
     def generator_state(self) -> Tensor | None:
         """What a checkpoint holds of ``generator``; torch.distributed.checkpoint looks entries up as attributes."""
         return None if self.generator is None else self.generator.get_state()

@@ -185,6 +185,7 @@ def test_three_batches_equal_the_reference(name, ranking):
                 if c:
                     past.setdefault(i, []).append(row)
     learned = criterion.learned_spread
+    assert criterion.class_profiles is learned.class_profiles
     torch.testing.assert_close(learned.class_profiles, torch.tensor(profiles.rows))
     assert [learned.visits[i].item() for i in past] == [len(v) for v in past.values()]
     for i, visits in past.items():
