@@ -103,7 +103,7 @@ CLAIMS = {
     "student-scaling": ["C7"],
     "train-size": ["C8"],
     "weight-decay": ["C9"],
-    "beta-ablation": ["C10", "rank_by", "history"],
+    "beta-ablation": ["C10", "rank_by", "batch"],
     "cross-distillation": ["C11"],
     "pruned": ["C12"],
     "sample-weights": ["C13"],
