@@ -15,10 +15,18 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.paper import __main__ as command
+from benchmarks.paper.runs import Run
 from benchmarks.paper.schedule import missing
 from benchmarks.paper.store import Store, read_records
 
 RESULTS = Path(__file__).parents[1] / "results" / "paper"
+
+
+def needed(arguments: list[str]) -> list[Run]:
+    """Give the runs that a command needs."""
+    options = command.make_parser().parse_args(arguments)
+    setting = command.make_setting(options)
+    return command.every_run(setting, command.make_plans(options, setting))
 
 
 def remake(committed: Path, out: Path) -> None:
@@ -30,9 +38,7 @@ def remake(committed: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "runs.jsonl").write_bytes(gzip.decompress((committed / "runs.jsonl.gz").read_bytes()))
     arguments = shlex.split((committed / "command.txt").read_text("utf-8"))
-    options = command.make_parser().parse_args(arguments)
-    setting = command.make_setting(options)
-    lacking = missing(command.every_run(setting, command.make_plans(options, setting)), Store(out, read_only=True))
+    lacking = missing(needed(arguments), Store(out, read_only=True))
     if lacking:
         raise ValueError(
             f"{committed} has not {len(lacking)} of the runs of its command, such as {lacking[0].describe()}"
@@ -42,10 +48,8 @@ def remake(committed: Path, out: Path) -> None:
 
 def keep(runs: Path, arguments: str, committed: Path) -> None:
     """Put the runs that a command needs, and no others, into a folder of results, with its arguments."""
-    options = command.make_parser().parse_args(shlex.split(arguments))
-    setting = command.make_setting(options)
-    needed = {run.key for run in command.every_run(setting, command.make_plans(options, setting))}
-    records = [record for key, record in read_records(runs / "runs.jsonl").items() if key in needed]
+    keys = {run.key for run in needed(shlex.split(arguments))}
+    records = [record for key, record in read_records(runs / "runs.jsonl").items() if key in keys]
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     committed.mkdir(parents=True, exist_ok=True)
     (committed / "runs.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))

@@ -103,8 +103,10 @@ class LearnedSpread(nn.Module):
         if kernels.peek(seen.all()):
             return self.past, index
         table, where = self._of_classes(rows)
-        of_class = table if where is None else table[where].movedim(-1, 1)
-        return torch.where(seen.unsqueeze(1), self.past[index].movedim(-1, 1).to(of_class.dtype), of_class), None
+        of_class = table if where is None else _gathered(table, where).movedim(-1, 1)
+        return torch.where(
+            seen.unsqueeze(1), _gathered(self.past, index).movedim(-1, 1).to(of_class.dtype), of_class
+        ), None
 
     def _record_classes(self, rows: Evidence) -> None:
         """Move profiles towards the mean prediction of each class in the batch."""
