@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softlabels import kernels, tuning
-from softlabels.functional import _checks
+from softlabels import _checks, tuning
+from softlabels._reading import least_and_greatest
 from softlabels.functional._rows import Rows
 from softlabels.functional.beta_smoothing import Spreads, beta_smoothing, mean_smoothing
 from softlabels.losses.attachable import AttachableLoss
@@ -322,7 +322,7 @@ class BetaSmoothingLoss(AttachableLoss):
         index = rows.row_argument("index", index)
         if index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"index must hold sample ids as torch.int64, got {index.dtype}")
-        ends = kernels.least_and_greatest(index)
+        ends = least_and_greatest(index)
         if self.num_samples is not None and ends is not None and (ends[0] < 0 or ends[1] >= self.num_samples):
             raise IndexError(f"index must hold sample ids in [0, {self.num_samples}), got {ends[0]} to {ends[1]}")
         return index

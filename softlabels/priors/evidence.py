@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softlabels import kernels
+from softlabels._reading import peek
 from softlabels.functional._rows import Rows
 
 
@@ -30,7 +30,7 @@ class Evidence(NamedTuple):
         counted = ~predictions[:, 0].isnan()  # one nan among the logits makes all of them nan
         if rows.counted is not None:
             counted &= rows.counted.flatten()
-        if kernels.peek(counted.all()) is not True:
+        if peek(counted.all()) is not True:
             predictions = predictions.masked_fill_(~counted.unsqueeze(1), 0.0)
         return cls(logits, predictions, target, counted)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from softlabels import kernels
+from softlabels._reading import peek
 from softlabels.functional._rows import Rows
 from softlabels.priors.evidence import Evidence
 from softlabels.priors.neighbours import neighbour_spread
@@ -100,7 +100,7 @@ class LearnedSpread(nn.Module):
 
     def _of_samples(self, rows: Rows, index: Tensor) -> Source:
         seen = self.visits[index] > 0
-        if kernels.peek(seen.all()):
+        if peek(seen.all()):
             return self.past, index
         table, where = self._of_classes(rows)
         of_class = table if where is None else _gathered(table, where).movedim(-1, 1)
