@@ -387,9 +387,9 @@ def worker(rank):
     return values
 
 
-def test_two_processes_are_one_where_asked(tmp_path):
+def test_two_processes_are_one_where_asked():
     """Neighbours and profiles of all processes with global_ranking=True; each its own without."""
-    ranks = spawn(worker, tmp_path)
+    ranks = spawn(worker)
     logits, target, _ = a_batch(dtype=torch.float32)
     criterion = BetaSmoothingLoss(ranking="none", spread=("classes", "neighbours"), reduction="none")
     for _ in range(2):
