@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
+from softlabels._reading import peek
 from softlabels.functional._rows import Rows, prepare
 
 SAMPLE_WEIGHTINGS = ("normalized", "exact", "none")
@@ -198,7 +198,7 @@ def _sample_weights(rows: Rows, teacher_logits: Tensor, temperature: float, samp
 def _bounded_exp(log_strength: Tensor) -> Tensor:
     """exp of the exact log-strengths: an error where they overflow and can be looked at, a bound elsewhere."""
     limit = MAX_LOG_STRENGTH * (10.0 if log_strength.dtype == torch.float64 else 1.0)
-    if kernels.peek((log_strength > limit).any()):
+    if peek((log_strength > limit).any()):
         raise ValueError(
             f"teacher_logits are too large for sample_weighting='exact': a row's sum of exp(teacher_logits / "
             f"temperature) reaches exp({log_strength.max().item():.4g}), and more than exp({limit:g}) overflows in "

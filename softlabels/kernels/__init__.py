@@ -8,7 +8,6 @@ from softlabels.kernels.backend import backend, get_backend, set_backend
 from softlabels.kernels.dispatch import cross_entropy, statistics
 from softlabels.kernels.formula import confidence_penalty
 from softlabels.kernels.ordering import ranked_amounts, uniforms, unranked_amounts
-from softlabels.kernels.reading import break_graph, can_check, can_read, check_when_run, least_and_greatest, peek
 from softlabels.kernels.soft_label import Amount, Even, Given, Label, Prediction, SoftLabel, Term, working_dtype
 from softlabels.kernels.spread import Spread
 from softlabels.kernels.statistics import Statistics
@@ -24,15 +23,9 @@ __all__ = [
     "Statistics",
     "Term",
     "backend",
-    "break_graph",
-    "can_check",
-    "can_read",
-    "check_when_run",
     "confidence_penalty",
     "cross_entropy",
     "get_backend",
-    "least_and_greatest",
-    "peek",
     "ranked_amounts",
     "set_backend",
     "statistics",

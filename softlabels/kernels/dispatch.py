@@ -21,10 +21,10 @@ import warnings
 import torch
 from torch import Tensor
 
+from softlabels._reading import is_observed, is_ordinary
 from softlabels.kernels import compiled, eager, formula
 from softlabels.kernels.autograd import ClosedForm, is_ready_in_forward
 from softlabels.kernels.backend import get_backend
-from softlabels.kernels.reading import is_observed, is_ordinary
 from softlabels.kernels.soft_label import SoftLabel
 from softlabels.kernels.statistics import Statistics, statistics_with_log_p
 
