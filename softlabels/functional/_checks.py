@@ -13,6 +13,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from softlabels.kernels import LinearLogits, TopKLogits
+
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -112,13 +114,13 @@ def check_class_weight(weight: Tensor | None, num_classes: int | None = None) ->
         raise RuntimeError(f"weight must have {wanted}, got shape {tuple(weight.shape)}")
 
 
-def check_device(name: str, value: Tensor, input: Tensor) -> None:
+def check_device(name: str, value: Tensor | LinearLogits | TopKLogits, input: Tensor | LinearLogits) -> None:
     """A tensor argument lies where the logits lie."""
     if value.device != input.device:
         raise RuntimeError(f"{name} is on {value.device} but input is on {input.device}; move one of them")
 
 
-def check_like_rows(name: str, value: Tensor, input: Tensor, row_shape: torch.Size) -> None:
+def check_like_rows(name: str, value: Tensor, input: Tensor | LinearLogits, row_shape: torch.Size) -> None:
     """A row-shaped argument (sample_weight, confidence) is a real tensor with one number per row."""
     check_tensor(name, value)
     check_device(name, value, input)
@@ -131,7 +133,7 @@ def check_like_rows(name: str, value: Tensor, input: Tensor, row_shape: torch.Si
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
-def check_like_logits(name: str, value: Tensor, input: Tensor) -> None:
+def check_like_logits(name: str, value: Tensor, input: Tensor | LinearLogits) -> None:
     """A floating tensor (teacher_logits, spread) is shaped like the logits."""
     check_tensor(name, value)
     check_device(name, value, input)
@@ -139,6 +141,53 @@ def check_like_logits(name: str, value: Tensor, input: Tensor) -> None:
         raise ValueError(f"{name} must have the shape of input, {tuple(input.shape)}, got {tuple(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be of a floating dtype, got {value.dtype}")
+
+
+def check_teacher_logits(
+    value: Tensor | LinearLogits | TopKLogits, input: Tensor | LinearLogits, wanted: torch.Size
+) -> None:
+    """Teacher logits of any kind have a shape with the classes last, (..., K)."""
+    if isinstance(value, Tensor):
+        return check_like_logits("teacher_logits", value, input)
+    if not isinstance(value, LinearLogits | TopKLogits):
+        raise TypeError(f"teacher_logits must be a Tensor, LinearLogits or TopKLogits, got {type(value).__name__}")
+    check_device("teacher_logits", value, input)
+    if value.shape != wanted:
+        raise ValueError(
+            f"teacher_logits, {value!r}, stand for logits of shape {tuple(value.shape)}, but input of shape "
+            f"{tuple(input.shape)} needs rows and classes of shape {tuple(wanted)}"
+        )
+    return None
+
+
+def check_rows_of_labels(input: LinearLogits, target: Tensor) -> None:
+    """Targets of LinearLogits are class indices, one per row."""
+    check_tensor("target", target)
+    check_device("target", target, input)
+    rows = tuple(input.shape[:-1])
+    if target.is_floating_point() or (target.dim() == len(rows) + 1 and target.shape == input.shape):
+        raise RuntimeError(
+            "target must hold class indices for LinearLogits: probabilities or counts of shape "
+            f"{tuple(input.shape)} would be as large as the logits; give the loss LinearLogits.dense()"
+        )
+    if target.shape != rows:
+        raise ValueError(
+            f"target must be class indices of shape {rows}, the leading dimensions of hidden, got shape "
+            f"{tuple(target.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"target must hold class indices as torch.int64 (or uint8), got {target.dtype}")
+
+
+def check_dense(value: object) -> None:
+    """What shows soft labels has all classes of all rows."""
+    if isinstance(value, LinearLogits):
+        raise TypeError(
+            "soft labels are shown as probabilities of all classes, which LinearLogits are there to avoid; pass "
+            "teacher_logits.dense() for a few rows"
+        )
+    if isinstance(value, TopKLogits):
+        raise TypeError("soft labels are shown of logits of all classes, got TopKLogits")
 
 
 def check_input(input: Tensor, name: str = "input") -> None:

@@ -7,10 +7,11 @@ from torch import Tensor
 from softlabels import kernels
 from softlabels.functional import _checks
 from softlabels.functional._rows import Rows, prepare
+from softlabels.kernels import LinearLogits
 
 
 def confidence_penalty_loss(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
     *,
     beta: float = 0.1,

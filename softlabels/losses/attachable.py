@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from softlabels import kernels
+from softlabels.kernels import LinearLogits
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import Attachment, EMATeacher
 from softlabels.teachers.structures import Output
@@ -133,7 +134,7 @@ class AttachableLoss(SoftLabelLoss):
         """Teacher for a model, which may come later, when none is given."""
         return EMATeacher(model)
 
-    def ask_teacher(self, input: Tensor, given: str) -> Tensor:
+    def ask_teacher(self, input: Tensor | LinearLogits, given: str) -> Tensor | LinearLogits:
         """The attached teacher's logits for this batch.
 
         Args:

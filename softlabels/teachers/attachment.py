@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from softlabels.kernels import LinearLogits
 from softlabels.teachers.ema import EMATeacher
 from softlabels.teachers.hooks import Hook, Scriptable
-from softlabels.teachers.passes import Pass, Passes, same_rows
+from softlabels.teachers.passes import Pass, Passes, Way, same_rows
 from softlabels.teachers.steps import Steps
-from softlabels.teachers.structures import LOGITS, Output, check_model, like_parameters, outputs, unwrap
+from softlabels.teachers.structures import LOGITS, Logits, Output, check_model, like_parameters, outputs, unwrap
 
 
 class Attachment:
@@ -60,7 +62,7 @@ class Attachment:
         self.teacher = teacher
         return teacher
 
-    def teacher_logits(self, input: Tensor) -> Tensor | None:
+    def teacher_logits(self, input: Logits) -> Logits | None:
         """What the teacher says of the pass that these logits came from; None if there is no such pass.
 
         Raises:
@@ -80,7 +82,7 @@ class Attachment:
                 "the loss was given an output of the model that the teacher does not return; pass the teacher's logits "
                 "to the call, or let attach(..., output=...) find them"
             )
-        logits = same_rows(answer, way) if answer.shape == shape and not computed else answer
+        logits = answer if computed else _same_rows(answer, input, way, shape)
         if logits is None or logits.shape != input.shape:
             raise RuntimeError(
                 f"the teacher's logits have shape {tuple(answer.shape)} but the loss was given input of shape "
@@ -103,7 +105,7 @@ class Attachment:
         training = {teacher: teacher.begin_pass() for teacher, _ in self._followed}
         return training.get(self.teacher)  # type: ignore[call-overload,no-any-return]
 
-    def _answers(self, seen: Pass) -> dict[int, Tensor]:
+    def _answers(self, seen: Pass) -> dict[int, Logits]:
         """Run the teacher on the inputs of a pass: its logits, and where the model marks others, those outputs."""
         teacher, (_, output, teacher_inputs) = self.teacher, self.options
         assert teacher is not None
@@ -123,8 +125,8 @@ class Attachment:
                 result = teacher.run(args, kwargs, seen.training)
             else:
                 result = teacher(*args, **kwargs)
-            answers = {LOGITS: output(result)} if callable(output) else outputs(result, output)
-        if not isinstance(answers.get(LOGITS), Tensor):
+            answers: dict[int, Logits] = {LOGITS: output(result)} if callable(output) else outputs(result, output)
+        if not isinstance(answers.get(LOGITS), Logits):
             raise TypeError(
                 f"no logits found in the teacher's output of type {type(result).__name__} with output={output!r}; say "
                 "where they are with attach(..., output=...): a key, an index, or a function of the output"
@@ -146,7 +148,34 @@ def _check_apart(model: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def _difference(logits: Tensor, input: Tensor) -> str:
+def _same_rows(answer: Logits, input: Logits, way: Way, shape: torch.Size) -> Logits | None:
+    """The teacher's logits, laid out as the model's were; None if it is not clear how.
+
+    Args:
+        answer: What the teacher returned.
+        input: What the loss was given.
+        way: How the model's logits, or the input of its last layer, came to the loss.
+        shape: Of these when they left the model.
+    """
+    if not isinstance(input, LinearLogits):
+        if isinstance(answer, LinearLogits):
+            return None
+        return same_rows(answer, way) if answer.shape == shape else answer
+    if not way:
+        return answer
+    if answer.shape[:-1] != shape[:-1]:
+        return None
+    places = torch.arange(shape[:-1].numel(), dtype=torch.int32, device=answer.device).view(*shape[:-1], 1)
+    moved = same_rows(places.expand(shape), way)  # whatever the width of the teacher's layer
+    if moved is None:
+        return None
+    index = moved[..., 0]
+    if isinstance(answer, LinearLogits):
+        return replace(answer, hidden=answer.hidden.flatten(0, -2)[index])
+    return answer.flatten(0, -2)[index]
+
+
+def _difference(logits: Logits, input: Logits) -> str:
     classes = min(1, input.dim() - 1)
     ours, theirs = input.shape[classes : classes + 1], logits.shape[classes : classes + 1]
     if ours != theirs and logits.dim() == input.dim() and logits.numel() * ours[0] == input.numel() * theirs[0]:

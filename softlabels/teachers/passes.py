@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from softlabels.teachers.hooks import Scriptable, hang
-from softlabels.teachers.structures import Output, outputs, rebuilt
+from softlabels.teachers.structures import Logits, Output, outputs, rebuilt, rows_of
 
 Node = Any  # torch.autograd.graph.Node, and what it saved
 Way = Any  # from a mark to a loss's input, () or: (node, which of its outputs, from which of its inputs, the rest)
@@ -61,7 +61,7 @@ class Pass:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: frozenset[int] | None) -> None:
-        self.answers: dict[int, Tensor] = {}  # by position in the output
+        self.answers: dict[int, Logits] = {}  # by position in the output
         self.args, self.kwargs, self.training = args, kwargs, training
         self.autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in _device_types()]
         self.versions: list[tuple[Tensor, int]] = []
@@ -147,13 +147,14 @@ class Passes:
             self._mark(seen, result)
 
     def _mark(self, seen: Pass, result: Any) -> None:
-        for position, tensor in outputs(result, None if callable(self._output) else self._output).items():
+        for position, logits in outputs(result, None if callable(self._output) else self._output).items():
+            tensor = rows_of(logits)
             if tensor.grad_fn is not None:
                 marks: dict[int, Any] = tensor.grad_fn.metadata.setdefault(self._key, {})  # type: ignore[attr-defined]
                 if tensor.output_nr not in marks or marks[tensor.output_nr][0] is not seen:
                     marks[tensor.output_nr] = (seen, position)
 
-    def find(self, logits: Tensor) -> tuple[Pass, int, Way, torch.Size] | None:
+    def find(self, logits: Logits) -> tuple[Pass, int, Way, torch.Size] | None:
         """The pass that logits came from, which of its outputs they were, the way, and the shape of that output.
 
         Raises:
@@ -162,7 +163,8 @@ class Passes:
         unmarked, self._unmarked = self._unmarked, (None,) * 4
         for entry in reversed([entry for entry in unmarked if entry is not None]):
             self._mark(*entry)
-        waiting: list[tuple[Node, int, Way]] = [(logits.grad_fn, logits.output_nr, ())]
+        start = rows_of(logits)
+        waiting: list[tuple[Node, int, Way]] = [(start.grad_fn, start.output_nr, ())]
         found: list[tuple[Pass, int, Way, torch.Size]] = []
         visited: set[Any] = {(None, 0)}
         for node, index, way in waiting:
