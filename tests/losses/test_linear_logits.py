@@ -312,6 +312,9 @@ def test_made_under_autocast_its_tensors_are_cast():
     torch.testing.assert_close(found, gradients(expected, tensors), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's, as it leaves a graph
 def test_compiled_programs_leave_the_graph():
     target, _ = common(ROWS)
     tensors = layer()
@@ -371,7 +374,7 @@ def test_targets_are_labels_of_the_rows():
         functional.dirichlet_map_loss(logits, torch.ones(ROWS, CLASSES, dtype=torch.int64), torch.randn(ROWS, CLASSES))
     with pytest.raises(ValueError, match=r"target must be class indices of shape \(13,\), .* got shape \(12,\)"):
         call(logits, target[1:], beta=0.1)
-    with pytest.raises(RuntimeError, match="target must hold class indices as torch.int64"):
+    with pytest.raises(RuntimeError, match="target must hold class indices as"):
         call(logits, target.int(), beta=0.1)
     with pytest.raises(IndexError, match=r"in \[0, 17\) or ignore_index, got 17"):
         call(logits, torch.full_like(target, 17), beta=0.1)
