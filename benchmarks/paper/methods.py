@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import softlabels
+from benchmarks.paper import rivals
 from softlabels import tuning
 
 TRUE_CLASS = 0.85  # average soft-label value of the true class in every smoothing method (sec. 7.1)
@@ -77,6 +78,26 @@ def self_distillation(
     """
     options = {"alpha": alpha, "scale_student": scale_student, "prune": prune}
     return Method("self-distillation", {"temperature": temperature or matched(true_class), **options})
+
+
+def average_distillation(alpha: float, *, ema_decay: float, temperature: float = 1.0) -> Method:
+    """Distillation (Eq. 3) from the average of the network's own weights, in one run."""
+    return Method("distillation from the average", {"alpha": alpha, "temperature": temperature, "ema_decay": ema_decay})
+
+
+def online_label_smoothing(alpha: float) -> Method:
+    """Zhang et al. (2021)."""
+    return Method("online label smoothing", {"alpha": alpha})
+
+
+def progressive_distillation(alpha: float) -> Method:
+    """Progressive self-knowledge distillation (Kim et al., 2021)."""
+    return Method("progressive self-knowledge distillation", {"alpha": alpha})
+
+
+def early_learning(strength: float) -> Method:
+    """Early-learning regularisation (Liu et al., 2020)."""
+    return Method("early-learning regularisation", {"strength": strength})
 
 
 def matched(true_class: float = TRUE_CLASS) -> dict[str, float]:
@@ -158,6 +179,11 @@ def _make_self_distillation(
     return criterion.attach(task.model, teacher=task.teacher)
 
 
+def _make_average_distillation(task: Task, alpha: float, temperature: float, ema_decay: float) -> nn.Module:
+    criterion = softlabels.SelfDistillationLoss(alpha=alpha, temperature=temperature)
+    return criterion.attach(task.model, teacher=softlabels.EMATeacher(task.model, decay=ema_decay))
+
+
 def _make_dirichlet_map(task: Task, sample_weighting: str, alpha: float, temperature: Temperature) -> nn.Module:
     assert task.teacher_logits is not None
     temperature = find_temperature(task, alpha, temperature)
@@ -176,6 +202,14 @@ CRITERIA: dict[str, Callable[..., nn.Module]] = {
     "Beta smoothing": _make_beta_smoothing,
     "self-distillation": _make_self_distillation,
     "instance Dirichlet MAP": _make_dirichlet_map,
+    "distillation from the average": _make_average_distillation,
+    "online label smoothing": lambda task, alpha: rivals.OnlineLabelSmoothing(alpha, task.num_classes),
+    "progressive self-knowledge distillation": lambda task, alpha: rivals.ProgressiveSelfKnowledgeDistillation(
+        alpha, len(task.labels), task.num_classes
+    ),
+    "early-learning regularisation": lambda task, strength: rivals.EarlyLearningRegularization(
+        strength, len(task.labels), task.num_classes
+    ),
 }
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks, _rows
+from softlabels import _checks, kernels
+from softlabels.functional import _logits, _rows
 from softlabels.kernels import Amount, LinearLogits, TopKLogits
 
 
@@ -38,14 +38,14 @@ class LinearRows(_rows.Rows):
     ) -> Tensor | LinearLogits | TopKLogits:
         """Check teacher logits (..., K), if they are the caller's, and bring them to (N, K) without their graph."""
         if check:
-            _checks.check_teacher_logits(teacher_logits, self.callers, self.callers.shape)
+            _logits.check_teacher(teacher_logits, self.callers, self.callers.shape)
         if isinstance(teacher_logits, LinearLogits):
             return teacher_logits.detach().flat()
         if isinstance(teacher_logits, TopKLogits):
             return teacher_logits.rows(self.target.shape)
         teacher_logits = teacher_logits.detach().reshape(-1, self.num_classes)
         if check:
-            _rows.warn_of_probabilities(teacher_logits)
+            _checks.warn_of_probabilities(teacher_logits)
         return teacher_logits
 
     def spread_argument(self, spread: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def prepare(
     reduction: str,
 ) -> LinearRows:
     """As `_rows.prepare`, of arguments whose rows are the leading dimensions of the layer's input."""
-    _checks.check_rows_of_labels(input, target)
+    _logits.check_labels(input, target)
     logits, dtype = input.flat(), kernels.working_dtype(input.hidden)
     if weight is not None:
         _checks.check_class_weight(weight, input.shape[-1])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
+from softlabels._reading import least_and_greatest
+from softlabels.functional import _logits
 from softlabels.kernels import Amount, LinearLogits, TopKLogits
 
 NO_LABEL = -(2**63)  # ignore_index where no row can be ignored
@@ -62,21 +62,20 @@ class Rows:
         """Check teacher logits, if they are the caller's, and bring them to (N, K, d1, ...) without their graph."""
         if not isinstance(teacher_logits, Tensor) and isinstance(teacher_logits, LinearLogits | TopKLogits):
             wanted = torch.Size((*self.row_shape, self.num_classes))
-            _checks.check_teacher_logits(teacher_logits, self._callers_logits, wanted)
+            _logits.check_teacher(teacher_logits, self._callers_logits, wanted)
             if isinstance(teacher_logits, TopKLogits):
                 return teacher_logits.rows(self.logits.shape[:1] + self.logits.shape[2:])
             dense = teacher_logits.detach().dense()
             return dense.unsqueeze(0) if self.single else dense.movedim(-1, 1)
         if check:
             _checks.check_like_logits("teacher_logits", teacher_logits, self._callers_logits)
-            warn_of_probabilities(teacher_logits.unsqueeze(0) if self.single else teacher_logits)
+            _checks.warn_of_probabilities(teacher_logits.unsqueeze(0) if self.single else teacher_logits)
         return teacher_logits.detach().unsqueeze(0) if self.single else teacher_logits.detach()
 
     def spread_argument(self, spread: Tensor) -> Tensor:
         """Check the caller's spread and bring it to (N, K, d1, ...) without its graph."""
         _checks.check_like_logits("spread", spread, self._callers_logits)
-        if kernels.peek((spread < 0).any()):
-            raise ValueError(f"spread must hold numbers of at least 0, got {spread.min().item():g}")
+        _checks.check_spread(spread)
         return spread.detach().unsqueeze(0) if self.single else spread.detach()
 
     @property
@@ -202,7 +201,7 @@ def prepare(
     _checks.check_input(input)
     if counts and isinstance(target, Tensor) and target.shape == input.shape and not target.is_complex():
         target = target.to(kernels.working_dtype(input))
-        check_counts(target)
+        _checks.check_counts(target)
     _checks.check_target(input, target, ignore_index)
     dtype = kernels.working_dtype(input)
     single = input.dim() == 1
@@ -233,51 +232,12 @@ def labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor,
     A label that no class has is an IndexError where labels can be read for nothing; a compiled program checks them
     when it runs; on an accelerator the kernels' gather is a device-side assertion, as in torch.
     """
-    ends = kernels.least_and_greatest(target)
+    ends = least_and_greatest(target)
     kept = None
     if ends is None or ends[0] <= ignore_index <= ends[1]:
         kept = target != ignore_index
         target = target.masked_fill(~kept, 0)
-        ends = ends and kernels.least_and_greatest(target)
+        ends = ends and least_and_greatest(target)
     if ends is None or ends[0] < 0 or ends[1] >= num_classes:
-        check_labels(target, num_classes, " or ignore_index")
+        _checks.check_labels(target, num_classes, " or ignore_index")
     return target, kept
-
-
-def check_labels(target: Tensor, num_classes: int, alternative: str = "") -> None:
-    """Raise an IndexError for labels outside [0, num_classes), where reading them costs nothing."""
-    if not kernels.can_check(target):
-        return
-    valid = (target >= 0) & (target < num_classes)
-    all_valid = valid.all()
-    wanted = f"target must hold class indices in [0, {num_classes}){alternative}"
-    if kernels.peek(all_valid) is False:
-        raise IndexError(f"{wanted}, got {target[~valid][0].item()}")
-    kernels.check_when_run(all_valid, wanted)
-
-
-def check_counts(counts: Tensor) -> None:
-    """Raise a ValueError for label counts below 0, where reading them costs nothing."""
-    if not kernels.can_read(counts):
-        return
-    valid = counts >= 0
-    wanted = "target must hold label counts of at least 0 (sample_weight=0 leaves a row out)"
-    if not bool(valid.all()):
-        negative = counts[~valid & ~counts.isnan()]
-        if negative.numel():
-            raise ValueError(f"{wanted}, got {negative[0].item():g}")
-
-
-def warn_of_probabilities(teacher_logits: Tensor) -> None:
-    """Warn of probabilities in the place of logits, where looking is free: one number tells nearly always."""
-    if teacher_logits.numel() == 0 or teacher_logits.shape[1] == 1 or not kernels.can_read(teacher_logits):
-        return
-    if not 0.0 <= teacher_logits[(0,) * teacher_logits.dim()].item() <= 1.0:
-        return
-    sums = teacher_logits.sum(1, dtype=torch.float32)
-    if bool((sums - 1.0).abs().amax() < 1e-2) and bool((teacher_logits >= 0).all()):
-        warnings.warn(
-            "teacher_logits look like probabilities: none is negative and each row sums to 1. Pass logits, or "
-            "teacher_logits=probabilities.log(), whose softmax at temperature=1 is the probabilities",
-            stacklevel=2,
-        )

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
 from softlabels.functional._rows import Rows, prepare
 from softlabels.kernels import LinearLogits
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
 from softlabels.functional._rows import Rows, prepare
 from softlabels.kernels import LinearLogits
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
+from softlabels._reading import peek
+from softlabels.functional import _logits
 from softlabels.functional._rows import Rows, prepare
 from softlabels.kernels import LinearLogits, TopKLogits
 
@@ -170,7 +171,7 @@ def dirichlet_map_targets(
         Zhang & Sabuncu (2020), sec. 5: the closed form of the MAP estimate.
     """
     beta, temperature, gamma = _check_options(beta, temperature, gamma, sample_weighting)
-    _checks.check_dense(teacher_logits)
+    _logits.check_dense(teacher_logits)
     _checks.check_input(teacher_logits, "teacher_logits")
     rows = prepare(teacher_logits, target, counts=True)
     mass = rows.soft_label(*_terms(rows, teacher_logits, beta, temperature, gamma, sample_weighting))
@@ -228,7 +229,7 @@ def _log_strength(scaled: Tensor, log_sum: Tensor, is_exact: bool) -> Tensor:
 def _bounded_exp(log_strength: Tensor) -> Tensor:
     """exp of the exact log-strengths: an error where they overflow and can be looked at, a bound elsewhere."""
     limit = MAX_LOG_STRENGTH * (10.0 if log_strength.dtype == torch.float64 else 1.0)
-    if kernels.peek((log_strength > limit).any()):
+    if peek((log_strength > limit).any()):
         raise ValueError(
             f"teacher_logits are too large for sample_weighting='exact': a row's sum of exp(teacher_logits / "
             f"temperature) reaches exp({log_strength.max().item():.4g}), and more than exp({limit:g}) overflows in "

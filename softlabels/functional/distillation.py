@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
+from softlabels.functional import _logits
 from softlabels.functional._rows import Rows, prepare
 from softlabels.kernels import LinearLogits, TopKLogits
 
@@ -206,7 +206,7 @@ def distillation_targets(
     alpha = _checks.check_fraction("alpha", alpha)
     temperature = _checks.check_positive("temperature", temperature)
     prune = check_prune("prune", prune)
-    _checks.check_dense(teacher_logits)
+    _logits.check_dense(teacher_logits)
     _checks.check_input(teacher_logits, "teacher_logits")
     rows = prepare(teacher_logits, target)
     teacher = rows.teacher_argument(teacher_logits)

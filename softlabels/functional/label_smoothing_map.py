@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.functional._rows import Rows, prepare
 from softlabels.kernels import LinearLogits
 

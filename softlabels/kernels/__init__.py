@@ -9,7 +9,6 @@ from softlabels.kernels.dispatch import confidence_penalty, cross_entropy, stati
 from softlabels.kernels.linear import LinearPrediction, by_blocks
 from softlabels.kernels.linear_logits import LinearLogits
 from softlabels.kernels.ordering import ranked_amounts, uniforms, unranked_amounts
-from softlabels.kernels.reading import break_graph, can_check, can_read, check_when_run, least_and_greatest, peek
 from softlabels.kernels.soft_label import Amount, Even, Given, Label, Prediction, SoftLabel, Term, working_dtype
 from softlabels.kernels.spread import Spread
 from softlabels.kernels.statistics import Statistics
@@ -29,16 +28,10 @@ __all__ = [
     "Term",
     "TopKLogits",
     "backend",
-    "break_graph",
     "by_blocks",
-    "can_check",
-    "can_read",
-    "check_when_run",
     "confidence_penalty",
     "cross_entropy",
     "get_backend",
-    "least_and_greatest",
-    "peek",
     "ranked_amounts",
     "set_backend",
     "statistics",

@@ -23,11 +23,11 @@ import warnings
 import torch
 from torch import Tensor
 
+from softlabels._reading import break_graph, is_observed, is_ordinary
 from softlabels.kernels import compiled, eager, formula, linear
 from softlabels.kernels.autograd import ClosedForm, is_ready_in_forward
 from softlabels.kernels.backend import get_backend
 from softlabels.kernels.linear_logits import LinearLogits
-from softlabels.kernels.reading import break_graph, is_observed, is_ordinary
 from softlabels.kernels.soft_label import Amount, SoftLabel, Term
 from softlabels.kernels.statistics import Statistics, statistics_with_log_p
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from softlabels._reading import is_batched
 from softlabels.kernels import compiled, eager, formula
 from softlabels.kernels.linear_logits import LinearLogits, rebuilt
-from softlabels.kernels.reading import is_batched
 from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term, is_zero, working_dtype
 
 BLOCK = 2**22  # logits that are worked on together on a CPU: 16 MiB in float32, and their gradient

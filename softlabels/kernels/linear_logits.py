@@ -18,8 +18,8 @@ class LinearLogits:
     The loss works on some rows at a time: their logits, value and gradient, and two products that carry the gradient
     on. With ``reduction="mean"`` or ``"sum"`` that happens in the forward pass, which keeps the gradients of
     ``hidden``, ``weight`` and ``bias``; the backward pass multiplies them. With ``"none"`` it computes the blocks
-    again. Without grad nothing is kept. Rows of ``ignore_index`` or of ``sample_weight`` 0 are never computed; to leave them
-    out, an accelerator waits once.
+    again. Without grad nothing is kept. Rows of ``ignore_index`` or of ``sample_weight`` 0 are never computed; to leave
+    them out, an accelerator waits once.
 
     Rows are the leading dimensions of ``hidden``: there is no class dimension, and targets, sample weights and
     confidences have the shape of the leading dimensions. Targets are class indices.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softlabels.kernels.reading import peek
+from softlabels._reading import peek
 from softlabels.kernels.soft_label import Amount, Term, column
 
 

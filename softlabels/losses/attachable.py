@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from softlabels import kernels
+from softlabels._reading import break_graph
 from softlabels.kernels import LinearLogits
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import Attachment, EMATeacher
@@ -155,7 +155,7 @@ class AttachableLoss(SoftLabelLoss):
         if attachment.teacher is None and attachment.model is not None:  # a loss that had needed none
             self._add_teacher(attachment, attachment.model, None)
         if torch.compiler.is_compiling():
-            kernels.break_graph(
+            break_graph(
                 "softlabels: the teacher's pass cannot be part of the compiled graph. Compile the model instead of the "
                 "whole step, or leave out fullgraph=True"
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.functional._rows import Rows, prepare
 from softlabels.kernels import LinearLogits
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softlabels import kernels, tuning
-from softlabels.functional import _checks
+from softlabels import _checks, tuning
+from softlabels._reading import least_and_greatest
 from softlabels.functional._rows import Rows
 from softlabels.functional.beta_smoothing import Spreads, beta_smoothing, mean_smoothing
 from softlabels.kernels import LinearLogits
@@ -87,8 +87,9 @@ class BetaSmoothingLoss(AttachableLoss):
         ema_decay: Decay of the average per optimizer step, in [0, 1), for ``"ema"``.
         num_samples: Size of the training set, for ``"history"`` and ``"samples"``.
         global_ranking: Rank and draw over the rows of all processes of the default torch.distributed group together,
-            with the draws of process 0. Every process must call the loss equally often; the processes wait for each
-            other. False: each process ranks its own rows.
+            with the draws of process 0. What is remembered of classes and samples, and the neighbours, are then those
+            of all processes, so that any of them may save it. Every process must call the loss equally often; the
+            processes wait for each other. False: each process ranks and remembers its own rows.
         generator: Source of the random numbers, on the device of the logits; None uses torch's default.
         ignore_index: Rows with this label count for nothing; they are neither ranked nor drawn for.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -233,9 +234,9 @@ class BetaSmoothingLoss(AttachableLoss):
                 confidence = self._past(rows, index, confidence)
         spreads: Spreads = ()
         if self.spread != "uniform":
-            own = Evidence.of(rows, predicted)
-            everyone = own.of_all_processes() if self.global_ranking else own
-            spreads = self.learned_spread.sources(rows, own, everyone, index)
+            batch = Evidence.of(rows, predicted, index)
+            recorded, own = batch.of_all_processes() if self.global_ranking else (batch, slice(0, len(batch.counted)))
+            spreads = self.learned_spread.sources(rows, batch, recorded, own, index)
         if mean:
             loss = mean_smoothing(rows, self.alpha, concentration, spreads)
         else:
@@ -250,7 +251,7 @@ class BetaSmoothingLoss(AttachableLoss):
                 known=known,
             )
         if spreads:
-            self.learned_spread.record(own, everyone, index)
+            self.learned_spread.record(recorded)
         return loss
 
     __call__ = called_as(forward)
@@ -321,15 +322,14 @@ class BetaSmoothingLoss(AttachableLoss):
         if index is None or not hasattr(self, "history"):
             raise RuntimeError("ranking='history' must be chosen, with num_samples, when the loss is made")
         counted = rows.counted
-        return self.history.rank_and_update(
-            index, confidence, torch.ones_like(index, dtype=torch.bool) if counted is None else counted
-        )
+        counted = torch.ones_like(index, dtype=torch.bool) if counted is None else counted
+        return self.history.rank_and_update(index, confidence, counted, joint=self.global_ranking)
 
     def _sample_ids(self, rows: Rows, index: Tensor) -> Tensor:
         index = rows.row_argument("index", index)
         if index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"index must hold sample ids as torch.int64, got {index.dtype}")
-        ends = kernels.least_and_greatest(index)
+        ends = least_and_greatest(index)
         if self.num_samples is not None and ends is not None and (ends[0] < 0 or ends[1] >= self.num_samples):
             raise IndexError(f"index must hold sample ids in [0, {self.num_samples}), got {ends[0]} to {ends[1]}")
         return index

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.functional.dirichlet_map import check_sample_weighting, dirichlet_map
 from softlabels.functional.distillation import check_prune, self_distillation
 from softlabels.kernels import LinearLogits, TopKLogits

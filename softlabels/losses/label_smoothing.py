@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.functional.confidence_penalty import confidence_penalty
 from softlabels.functional.label_smoothing_map import label_smoothing_map
 from softlabels.kernels import LinearLogits

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from softlabels import kernels
+from softlabels._reading import peek
 from softlabels.functional._rows import Rows
 from softlabels.priors.evidence import Evidence
 from softlabels.priors.neighbours import neighbour_spread
@@ -58,27 +58,23 @@ class LearnedSpread(nn.Module):
             self.register_buffer("visits", torch.zeros(self.num_samples, dtype=torch.int32))
 
     @torch.no_grad()
-    def sources(self, rows: Rows, own: Evidence, everyone: Evidence, index: Tensor | None) -> list[Source]:
+    def sources(self, rows: Rows, batch: Evidence, among: Evidence, own: slice, index: Tensor | None) -> list[Source]:
         """The spreads for a batch, each as rows shaped like the logits, or as a table and which of its rows.
 
         Tables are those from before this batch: use the spreads before `record` is called.
 
         Args:
             rows: The batch.
-            own: What it tells.
-            everyone: The same of all rows that may be neighbours; ``own``, or that of all processes.
+            batch: What it tells.
+            among: The rows that may be neighbours: ``batch``, or those of all processes.
+            own: Where the batch is among them.
             index: Sample ids, row-shaped.
         """
         self._make_tables(rows)
         sources: list[Source] = []
         for kind in self.kinds:
             if kind == "neighbours":
-                first = (
-                    0
-                    if everyone is own
-                    else torch.distributed.get_rank() * (len(everyone.target) // torch.distributed.get_world_size())
-                )
-                sources.append((_like_logits(neighbour_spread(own, everyone, first), rows), None))
+                sources.append((_like_logits(neighbour_spread(batch, among, own.start), rows), None))
             elif kind == "samples" and index is not None:
                 sources.append(self._of_samples(rows, index))
             else:
@@ -86,12 +82,12 @@ class LearnedSpread(nn.Module):
         return sources
 
     @torch.no_grad()
-    def record(self, own: Evidence, everyone: Evidence, index: Tensor | None) -> None:
-        """Remember a batch: each row once, whatever was predicted."""
+    def record(self, rows: Evidence) -> None:
+        """Remember rows: each once, whatever was predicted."""
         if self.keeps_profiles:
-            self._record_classes(everyone)
-        if self.num_samples is not None and index is not None:
-            self._record_samples(own, index.flatten())
+            self._record_classes(rows)
+        if self.num_samples is not None:
+            self._record_samples(rows)
 
     def _of_classes(self, rows: Rows) -> Source:
         if not rows.target.is_floating_point():
@@ -100,7 +96,7 @@ class LearnedSpread(nn.Module):
 
     def _of_samples(self, rows: Rows, index: Tensor) -> Source:
         seen = self.visits[index] > 0
-        if kernels.peek(seen.all()):
+        if peek(seen.all()):
             return self.past, index
         table, where = self._of_classes(rows)
         of_class = table if where is None else _gathered(table, where).movedim(-1, 1)
@@ -125,8 +121,9 @@ class LearnedSpread(nn.Module):
         share = (step / n.clamp(min=1.0))[labels]
         self.class_profiles.index_add_(0, labels, p * share.unsqueeze(1))
 
-    def _record_samples(self, rows: Evidence, index: Tensor) -> None:
+    def _record_samples(self, rows: Evidence) -> None:
         """Average predictions into the means of their samples' visits."""
+        index = rows.samples
         before = self.visits[index]
         self.visits.index_add_(0, index, rows.counted.int())
         after = self.visits[index].clamp(min=1)

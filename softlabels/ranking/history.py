@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from softlabels._processes import of_all_processes
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -36,27 +38,33 @@ class PredictionHistory(nn.Module):
         self.register_buffer("visits", torch.zeros(num_samples, dtype=torch.int32))
 
     @torch.no_grad()
-    def rank_and_update(self, index: Tensor, log_odds: Tensor, kept: Tensor) -> Tensor:
+    def rank_and_update(self, index: Tensor, log_odds: Tensor, kept: Tensor, *, joint: bool = False) -> Tensor:
         """Confidence to rank by, from before this batch, then average this batch in.
 
         Args:
             index: Sample ids, row-shaped int64. Rows of one id are visits of one sample.
             log_odds: Current log-odds of the confidence, row-shaped.
             kept: Row-shaped bool; other rows leave the history alone.
+            joint: Average in the rows of all processes of the default group, so that each has seen every visit.
 
         Returns:
             Log-odds of the mean confidence; for samples not seen before, ``log_odds``.
         """
-        shape, index = index.shape, index.flatten()
+        past = -torch.logit(self.doubt[index])
+        ranked = torch.where(self.visits[index] > 0, past, log_odds.float())
+        rows = [index.flatten().long(), log_odds.flatten(), kept.flatten()]
+        self._record(*(of_all_processes(*rows)[0] if joint else rows))
+        return ranked
+
+    def _record(self, index: Tensor, log_odds: Tensor, kept: Tensor) -> None:
         past, before = self.doubt[index], self.visits[index]
-        current = torch.sigmoid(-log_odds.flatten().float())
-        new = kept.flatten() & ~current.isnan()
+        current = torch.sigmoid(-log_odds.float())
+        new = kept & ~current.isnan()
         self.visits.index_add_(0, index, new.int())
         after = self.visits[index]
         mean = torch.where(before > 0, past, 0.0) * before / after.clamp(min=1)
         self.doubt[index] = torch.where(after > 0, mean, torch.nan)
         self.doubt.index_add_(0, index, torch.where(new, current / after.clamp(min=1), 0.0))
-        return torch.where(before > 0, -torch.logit(past), log_odds.flatten().float()).view(shape)
 
     def is_in(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """Whether a checkpoint has a history; if not, an empty one is put there. Old ones did not count visits."""

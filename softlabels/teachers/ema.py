@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.teachers.averaged_weights import (
     Parts,
     averaged,

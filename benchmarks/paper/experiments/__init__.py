@@ -8,9 +8,11 @@ from benchmarks.paper.experiments import (
     beta_ablation,
     comparison,
     cross_distillation,
+    label_noise,
     pruned,
     sample_weights,
     sequential,
+    spread,
     student_scaling,
     temperature,
     train_size,
@@ -31,4 +33,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "sample-weights": sample_weights.EXPERIMENT,
     "analytic": analytic.EXPERIMENT,
     "tuned": tuned.EXPERIMENT,
+    "spread": spread.EXPERIMENT,
+    "label-noise": label_noise.EXPERIMENT,
 }
