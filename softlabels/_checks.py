@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from softlabels._reading import can_check, can_read, check_when_run, peek
+
+if TYPE_CHECKING:
+    from softlabels.kernels import LinearLogits, TopKLogits
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -115,13 +119,13 @@ def check_class_weight(weight: Tensor | None, num_classes: int | None = None) ->
         raise RuntimeError(f"weight must have {wanted}, got shape {tuple(weight.shape)}")
 
 
-def check_device(name: str, value: Tensor, input: Tensor) -> None:
+def check_device(name: str, value: Tensor | LinearLogits | TopKLogits, input: Tensor | LinearLogits) -> None:
     """A tensor argument lies where the logits lie."""
     if value.device != input.device:
         raise RuntimeError(f"{name} is on {value.device} but input is on {input.device}; move one of them")
 
 
-def check_like_rows(name: str, value: Tensor, input: Tensor, row_shape: torch.Size) -> None:
+def check_like_rows(name: str, value: Tensor, input: Tensor | LinearLogits, row_shape: torch.Size) -> None:
     """A row-shaped argument (sample_weight, confidence) is a real tensor with one number per row."""
     check_tensor(name, value)
     check_device(name, value, input)
@@ -134,7 +138,7 @@ def check_like_rows(name: str, value: Tensor, input: Tensor, row_shape: torch.Si
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
-def check_like_logits(name: str, value: Tensor, input: Tensor) -> None:
+def check_like_logits(name: str, value: Tensor, input: Tensor | LinearLogits) -> None:
     """A floating tensor (teacher_logits, spread) is shaped like the logits."""
     check_tensor(name, value)
     check_device(name, value, input)

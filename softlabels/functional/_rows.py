@@ -10,7 +10,8 @@ from torch import Tensor
 
 from softlabels import _checks, kernels
 from softlabels._reading import least_and_greatest
-from softlabels.kernels import Amount
+from softlabels.functional import _logits
+from softlabels.kernels import Amount, LinearLogits, TopKLogits
 
 NO_LABEL = -(2**63)  # ignore_index where no row can be ignored
 
@@ -45,14 +46,27 @@ class Rows:
         counted = self.sample_weight != 0
         return counted if self.kept is None else counted & self.kept
 
+    @property
+    def row_shape(self) -> torch.Size:
+        """The caller's."""
+        return self.logits.shape[2:] if self.single else self.logits.shape[:1] + self.logits.shape[2:]
+
     def row_argument(self, name: str, value: Tensor) -> Tensor:
         """Check an argument that has one value per row of the caller and bring it to (N, d1, ...)."""
-        shape = self.logits.shape[2:] if self.single else self.logits.shape[:1] + self.logits.shape[2:]
-        _checks.check_like_rows(name, value, self._callers_logits, shape)
+        _checks.check_like_rows(name, value, self._callers_logits, self.row_shape)
         return value.unsqueeze(0) if self.single else value
 
-    def teacher_argument(self, teacher_logits: Tensor, *, check: bool = True) -> Tensor:
+    def teacher_argument(
+        self, teacher_logits: Tensor | LinearLogits | TopKLogits, *, check: bool = True
+    ) -> Tensor | LinearLogits | TopKLogits:
         """Check teacher logits, if they are the caller's, and bring them to (N, K, d1, ...) without their graph."""
+        if not isinstance(teacher_logits, Tensor) and isinstance(teacher_logits, LinearLogits | TopKLogits):
+            wanted = torch.Size((*self.row_shape, self.num_classes))
+            _logits.check_teacher(teacher_logits, self._callers_logits, wanted)
+            if isinstance(teacher_logits, TopKLogits):
+                return teacher_logits.rows(self.logits.shape[:1] + self.logits.shape[2:])
+            dense = teacher_logits.detach().dense()
+            return dense.unsqueeze(0) if self.single else dense.movedim(-1, 1)
         if check:
             _checks.check_like_logits("teacher_logits", teacher_logits, self._callers_logits)
             _checks.warn_of_probabilities(teacher_logits.unsqueeze(0) if self.single else teacher_logits)
@@ -68,7 +82,11 @@ class Rows:
     def _callers_logits(self) -> Tensor:
         return self.logits.squeeze(0) if self.single else self.logits
 
-    def statistics(self) -> kernels.Statistics:
+    def over(self, temperature: float) -> Rows:
+        """The same with the logits over a temperature."""
+        return replace(self, logits=self.logits.to(self.dtype) / temperature)
+
+    def statistics(self) -> kernels.Statistics | None:
         """What is known of the rows before their soft label."""
         return kernels.statistics(self.logits, reduce=self.reduction != "none")
 
@@ -90,9 +108,17 @@ class Rows:
         return kernels.Spread(amount, source, index, label, class_weight=self.class_weight)
 
     def prediction(
-        self, amount: Amount, teacher_logits: Tensor, temperature: float, keep: int | None = None, shift: float = 0.0
+        self,
+        amount: Amount,
+        teacher_logits: Tensor | LinearLogits | TopKLogits,
+        temperature: float,
+        keep: int | None = None,
+        shift: float = 0.0,
     ) -> kernels.Term:
         """An amount of a teacher's prediction."""
+        if isinstance(teacher_logits, TopKLogits):
+            return teacher_logits.term(amount, temperature, keep, shift, self.class_weight, self.dtype)
+        assert isinstance(teacher_logits, Tensor)
         return kernels.Prediction(amount, teacher_logits, temperature, keep, shift, class_weight=self.class_weight)
 
     def loss(self, *terms: kernels.Term, total: float | None = None, known: kernels.Statistics | None = None) -> Tensor:
@@ -146,7 +172,7 @@ def _present(terms: Sequence[kernels.Term]) -> list[kernels.Term]:
 
 
 def prepare(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -158,7 +184,7 @@ def prepare(
     """Check what every loss is given and bring it into the form that the kernels take.
 
     Args:
-        input: Logits (K), (N, K) or (N, K, d1, ...).
+        input: Logits (K), (N, K) or (N, K, d1, ...), or LinearLogits.
         target: Class indices (), (N) or (N, d1, ...), or class probabilities of the shape of ``input``.
         weight: Class weights (K,), or None.
         sample_weight: One weight per row, or None.
@@ -168,6 +194,10 @@ def prepare(
     """
     reduction = _checks.check_reduction(reduction)
     ignore_index = _checks.check_ignore_index(ignore_index)
+    if isinstance(input, LinearLogits):
+        from softlabels.functional import _linear  # whose rows are a kind of these
+
+        return _linear.prepare(input, target, weight, sample_weight, ignore_index, reduction)
     _checks.check_input(input)
     if counts and isinstance(target, Tensor) and target.shape == input.shape and not target.is_complex():
         target = target.to(kernels.working_dtype(input))
@@ -186,7 +216,7 @@ def prepare(
     else:
         if target.dtype != torch.int64 or target.dim() != max(input.dim() - 1, 0):
             target = target.reshape(input.shape[:1] + input.shape[2:] if not single else ()).long()
-        target, kept = _labels(target, num_classes, ignore_index)
+        target, kept = labels(target, num_classes, ignore_index)
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
         kept = None if kept is None else kept.unsqueeze(0)
@@ -196,7 +226,7 @@ def prepare(
     return replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
 
 
-def _labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+def labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
     """Class indices with ignored ones replaced by 0, and which rows are kept: None where that is known to be all.
 
     A label that no class has is an IndexError where labels can be read for nothing; a compiled program checks them

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from softlabels import _checks, kernels
 from softlabels.functional._rows import Rows, prepare
+from softlabels.kernels import LinearLogits
 
 
 def confidence_penalty_loss(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
     *,
     beta: float = 0.1,

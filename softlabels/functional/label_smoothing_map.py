@@ -6,10 +6,11 @@ from torch import Tensor
 
 from softlabels import _checks
 from softlabels.functional._rows import Rows, prepare
+from softlabels.kernels import LinearLogits
 
 
 def label_smoothing_map_loss(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
     *,
     beta: float,

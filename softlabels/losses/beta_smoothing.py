@@ -11,6 +11,7 @@ from softlabels import _checks, tuning
 from softlabels._reading import least_and_greatest
 from softlabels.functional._rows import Rows
 from softlabels.functional.beta_smoothing import Spreads, beta_smoothing, mean_smoothing
+from softlabels.kernels import LinearLogits
 from softlabels.losses.attachable import AttachableLoss
 from softlabels.losses.base import called_as, runs_twice
 from softlabels.priors import SPREADS, LearnedSpread
@@ -183,7 +184,7 @@ class BetaSmoothingLoss(AttachableLoss):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | LinearLogits,
         target: Tensor,
         *,
         sample_weight: Tensor | None = None,
@@ -212,18 +213,24 @@ class BetaSmoothingLoss(AttachableLoss):
                 "BetaSmoothingLoss with ranking='history' or spread='samples' needs the ids of the samples in the "
                 "batch: pass index= to the call"
             )
-        known, predicted, mean = None, rows.logits.detach(), False
+        if self.spread != "uniform" and isinstance(input, LinearLogits):
+            raise ValueError(
+                f"spread={self.spread!r} keeps or compares predictions of all classes, which LinearLogits are there to "
+                "avoid; use spread='uniform'"
+            )
+        known, mean = None, False
+        predicted: Any = rows.logits.detach()
         if confidence is not None:
             confidence = rows.row_argument("confidence", confidence)
         elif self.ranking == "ema":
             predicted = rows.teacher_argument(self.ask_teacher(input, "confidence"), check=False)
-            confidence = log_odds(predicted, rows.target, self.rank_by)
+            confidence = log_odds(predicted, rows.target, self.rank_by, counted=rows.counted)
         elif self.ranking == "none":
             mean = True
         elif self.ranking != "random":
             known = rows.statistics()
             rank_by = "true_class" if self.ranking == "history" else self.rank_by
-            confidence = log_odds(predicted, rows.target, rank_by, known)
+            confidence = log_odds(predicted, rows.target, rank_by, known, rows.counted)
             if ranks_by_history:
                 confidence = self._past(rows, index, confidence)
         spreads: Spreads = ()
