@@ -54,11 +54,14 @@ def beta_smoothing(
     ranking: str = "ema",
     rank_by: str = "max",
     spread: str | tuple[str, ...] = "uniform",
+    warmup: float = 1.0,
 ) -> Method:
     """Beta smoothing (sec. 6) with the given average share of the true class."""
     options: dict[str, Any] = {"true_class": true_class, "alpha": alpha, "ranking": ranking, "rank_by": rank_by}
     if spread != "uniform":  # options that came later are left out of the keys of stored runs where they change nothing
         options["spread"] = spread
+    if warmup != 1.0:
+        options["warmup"] = warmup
     if ranking == "history":
         options["memory"] = "whole run"  # it was as long as the EMA's, before
     return Method("Beta smoothing", {**options, "ema_decay": ema_decay})
@@ -151,6 +154,7 @@ def _make_beta_smoothing(
     ema_decay: float,
     spread: str | Sequence[str] = "uniform",
     memory: str = "whole run",
+    warmup: float = 1.0,
 ) -> nn.Module:
     if memory != "whole run":
         raise ValueError(f"memory must be 'whole run', got {memory!r}")
@@ -163,7 +167,9 @@ def _make_beta_smoothing(
         spread=spread if isinstance(spread, str) else tuple(spread),
         num_samples=len(task.labels) if ranking == "history" or "samples" in spread else None,
     )
-    return criterion.attach(task.model) if ranking == "ema" else criterion
+    if ranking != "ema":
+        return criterion
+    return criterion.attach(task.model, teacher=softlabels.EMATeacher(task.model, ema_decay, warmup=warmup))
 
 
 def _make_self_distillation(

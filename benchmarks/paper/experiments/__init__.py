@@ -8,6 +8,7 @@ from benchmarks.paper.experiments import (
     beta_ablation,
     comparison,
     cross_distillation,
+    ema_window,
     label_noise,
     pruned,
     sample_weights,
@@ -34,5 +35,6 @@ EXPERIMENTS: dict[str, Experiment] = {
     "analytic": analytic.EXPERIMENT,
     "tuned": tuned.EXPERIMENT,
     "spread": spread.EXPERIMENT,
+    "ema-window": ema_window.EXPERIMENT,
     "label-noise": label_noise.EXPERIMENT,
 }
