@@ -13,17 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from softlabels import _checks
-from softlabels.teachers.averaged_weights import (
-    Parts,
-    averaged,
-    laid_out_as,
-    local,
-    own_randomness,
-)
+from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, laid_out_as, local, own_randomness
 from softlabels.teachers.steps import Steps
 from softlabels.teachers.structures import check_model, unwrap
 
 AVERAGES, STATISTICS = "averages/", "statistics/"  # in a checkpoint
+PATIENCE = 100  # passes after which an accelerator is asked whether the average is lost
 COUNTERS = ("num_updates", "num_passes")
 
 
@@ -255,6 +250,22 @@ class EMATeacher(nn.Module):
                     return model(*args, **kwargs)
             finally:
                 self._runs = False
+
+    def is_lost(self, logits: Tensor) -> bool:
+        """Whether averages have become NaN or infinite, and the weights not, since somebody put them back by hand.
+
+        Asked where logits of the teacher are NaN; on an accelerator, which has to be waited for, at few passes.
+        """
+        asked = logits.is_cpu or (self._num_passes % PATIENCE == 0 and not logits.is_meta)
+        if not asked or not self._num_updates or not bool(logits.sum().isnan()):
+            return False
+        weights = [parameter for name, parameter in Parts(self._present()).parameters.items() if name in self._averages]
+        lost = all(type(weight) in PLAIN and bool(weight.isfinite().all()) for weight in weights) and not all(
+            bool(average.isfinite().all()) for average in self._averages.values()
+        )
+        if lost:
+            warnings.warn("the average of the weights is NaN, and they are not: it restarts from them", stacklevel=2)
+        return lost
 
     def averaged_model(self) -> nn.Module:
         """A copy of the model that has the averages as its weights, in eval mode: for evaluation and export.
