@@ -80,6 +80,9 @@ class LinearLogits:
             cast = torch.get_autocast_dtype(kind)
             self.hidden, self.weight = self.hidden.to(cast), self.weight.to(cast)
             self.bias = None if self.bias is None else self.bias.to(cast)
+        # Views: a parameter may be given other values later, and DistributedDataParallel sees what has a graph.
+        self.weight = self.weight.view_as(self.weight)
+        self.bias = None if self.bias is None else self.bias.view_as(self.bias)
         for name, tensor in {"weight": self.weight, "bias": self.bias}.items():
             if tensor is not None and tensor.dtype != self.hidden.dtype:
                 raise TypeError(

@@ -16,13 +16,14 @@ from softlabels import _checks
 from softlabels.teachers.averaged_weights import (
     Parts,
     averaged,
+    is_sharded,
     laid_out_as,
     local,
     own_randomness,
     parts,
 )
 from softlabels.teachers.steps import Steps
-from softlabels.teachers.structures import check_model, unwrap
+from softlabels.teachers.structures import check_model, copied_layers, unwrap
 
 KINDS, COUNTERS = ("averages", "statistics"), ("num_updates", "num_passes")
 
@@ -239,7 +240,9 @@ class EMATeacher(nn.Module):
                 training = frozenset()
             averages = self._averages if self._num_updates else {}
             with averaged(found, averages, {} if self.mode == "eval" else self._statistics, training):
-                return model(*args, **kwargs)
+                result = model(*args, **kwargs)
+                sharded = any(is_sharded(parameter) for parameter in found.parameters.values())
+                return copied_layers(result) if sharded else result
 
     def averaged_model(self) -> nn.Module:
         """A copy of the model that has the averages as its weights, in eval mode: for evaluation and export.

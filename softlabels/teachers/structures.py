@@ -45,6 +45,14 @@ def rebuilt(value: Any, change: Callable[[Tensor], Tensor], depth: int = DEPTH) 
     return new
 
 
+def copied_layers(value: Any) -> Any:
+    """A structure whose LinearLogits hold copies of their tensors, since FSDP2 gives back the memory of parameters."""
+    inside = isinstance(value, LinearLogits) or any(
+        isinstance(item, LinearLogits) for _, item in _entries(value, DEPTH)
+    )
+    return rebuilt(value, lambda tensor: tensor.detach().clone()) if inside else value
+
+
 def _entries(value: Any, depth: int) -> list[tuple[Any, Any]]:
     if depth > 0 and isinstance(value, Mapping):
         return list(value.items())
