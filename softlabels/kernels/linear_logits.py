@@ -35,8 +35,8 @@ class LinearLogits:
         hidden: Input of the layer, (..., D), any floating dtype.
         weight: (K, D), in the dtype of ``hidden``.
         bias: (K,), or None.
-        block: How many rows are worked on together; None chooses by K and the device: 4 million logits on a CPU, 64
-            million elsewhere, and no fewer than 128 rows.
+        block: How many rows are worked on together; None chooses by K and the device: 8 million logits on a CPU, 64
+            million elsewhere, and no fewer than 256 rows.
 
     Raises:
         ValueError: shapes do not match, or ``block`` is no whole number of at least 1.
