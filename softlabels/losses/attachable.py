@@ -15,7 +15,16 @@ from softlabels._reading import break_graph
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import EMATeacher
 from softlabels.teachers.passes import Pass, Passes, laid_out
-from softlabels.teachers.structures import LOGITS, Logits, Output, check_model, like_parameters, outputs, unwrap
+from softlabels.teachers.structures import (
+    LOGITS,
+    Logits,
+    Output,
+    check_model,
+    like_parameters,
+    outputs,
+    rows_of,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -244,7 +253,7 @@ class AttachableLoss(SoftLabelLoss):
                 f"no logits found in the teacher's output of type {type(result).__name__} with output={output!r}; say "
                 "where they are with attach(..., output=...): a key, an index, or a function of the output"
             )
-        if isinstance(teacher, EMATeacher) and teacher.is_lost(answers[LOGITS]):
+        if isinstance(teacher, EMATeacher) and teacher.is_lost(rows_of(answers[LOGITS])):
             teacher.restart()
             return self._answers(seen, passes)
         return answers

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from softlabels import _checks
-from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, laid_out_as, local, own_randomness
+from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, is_sharded, laid_out_as, local, own_randomness
 from softlabels.teachers.steps import Steps
-from softlabels.teachers.structures import check_model, unwrap
+from softlabels.teachers.structures import check_model, copied_layers, unwrap
 
 AVERAGES, STATISTICS = "averages/", "statistics/"  # in a checkpoint
 PATIENCE = 100  # passes after which an accelerator is asked whether the average is lost
@@ -247,7 +247,9 @@ class EMATeacher(nn.Module):
             self._runs = True  # and what the model calls of itself with grad is no training pass
             try:
                 with averaged(found, averages, statistics, training):
-                    return model(*args, **kwargs)
+                    result = model(*args, **kwargs)
+                    sharded = any(is_sharded(parameter) for parameter in found.parameters.values())
+                    return copied_layers(result) if sharded else result
             finally:
                 self._runs = False
 
