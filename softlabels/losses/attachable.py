@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,10 +83,12 @@ class AttachableLoss(SoftLabelLoss):
             >>> loss = criterion(model(torch.randn(8, 4)), torch.randint(3, (8,)))
             >>> loss.backward()
         """
-        options = (optimizer, teacher, output, teacher_inputs)
+        steps = hasattr(optimizer, "step")
+        options = (weakref.ref(optimizer) if steps else optimizer, teacher, output, teacher_inputs)
         if self._passes is not None and (attached := self._passes.model()) is not None:
-            given = zip(options, self._passes.options, strict=True)
-            if attached is model and all(new is None or new is old for new, old in given):
+            if attached is model and all(
+                new in (None, old) for new, old in zip(options, self._passes.options, strict=True)
+            ):
                 return self
             raise RuntimeError("this loss is attached already; call detach() first")
         self.detach()
@@ -93,6 +96,11 @@ class AttachableLoss(SoftLabelLoss):
         if any(module is self for module in model.modules()):
             raise ValueError(
                 f"{type(self).__name__} is itself a part of the model; attach it to the submodule that makes the logits"
+            )
+        if not (steps or optimizer is None or optimizer is False):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; or False, if you call "
+                "criterion.teacher.update() yourself"
             )
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
@@ -188,7 +196,8 @@ class AttachableLoss(SoftLabelLoss):
         """What the teacher says of the pass that these logits came from."""
         model = passes.model()
         if not hasattr(self, "teacher") and model is not None:  # a loss that had needed none
-            passes.followed = self._add_teacher(model, None, passes.options[0])
+            optimizer = passes.options[0]
+            passes.followed = self._add_teacher(model, None, optimizer and optimizer())
         found = passes.find(input)
         if found is None:
             raise RuntimeError(

@@ -106,7 +106,8 @@ class Passes:
             hang(self, "before", model.register_forward_pre_hook, prepend=True, with_kwargs=True),
             hang(self, "after", model.register_forward_hook, always_call=True),
         )
-        model.__dict__.setdefault(Scriptable.NAME, Scriptable(model))
+        if type(model).__reduce__ is object.__reduce__:  # a copy of a GraphModule knows nothing of the attribute
+            model.__dict__.setdefault(Scriptable.NAME, Scriptable(model))
 
     def end(self) -> None:
         """Remove every hook and release everything."""
