@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import softlabels
+from benchmarks.paper import rivals
 from softlabels import tuning
 
 TRUE_CLASS = 0.85  # average soft-label value of the true class in every smoothing method (sec. 7.1)
@@ -53,11 +54,14 @@ def beta_smoothing(
     ranking: str = "ema",
     rank_by: str = "max",
     spread: str | tuple[str, ...] = "uniform",
+    warmup: float = 1.0,
 ) -> Method:
     """Beta smoothing (sec. 6) with the given average share of the true class."""
     options: dict[str, Any] = {"true_class": true_class, "alpha": alpha, "ranking": ranking, "rank_by": rank_by}
     if spread != "uniform":  # options that came later are left out of the keys of stored runs where they change nothing
         options["spread"] = spread
+    if warmup != 1.0:
+        options["warmup"] = warmup
     if ranking == "history":
         options["memory"] = "whole run"  # it was as long as the EMA's, before
     return Method("Beta smoothing", {**options, "ema_decay": ema_decay})
@@ -77,6 +81,26 @@ def self_distillation(
     """
     options = {"alpha": alpha, "scale_student": scale_student, "prune": prune}
     return Method("self-distillation", {"temperature": temperature or matched(true_class), **options})
+
+
+def average_distillation(alpha: float, *, ema_decay: float, temperature: float = 1.0) -> Method:
+    """Distillation (Eq. 3) from the average of the network's own weights, in one run."""
+    return Method("distillation from the average", {"alpha": alpha, "temperature": temperature, "ema_decay": ema_decay})
+
+
+def online_label_smoothing(alpha: float) -> Method:
+    """Zhang et al. (2021)."""
+    return Method("online label smoothing", {"alpha": alpha})
+
+
+def progressive_distillation(alpha: float) -> Method:
+    """Progressive self-knowledge distillation (Kim et al., 2021)."""
+    return Method("progressive self-knowledge distillation", {"alpha": alpha})
+
+
+def early_learning(strength: float) -> Method:
+    """Early-learning regularisation (Liu et al., 2020)."""
+    return Method("early-learning regularisation", {"strength": strength})
 
 
 def matched(true_class: float = TRUE_CLASS) -> dict[str, float]:
@@ -130,6 +154,7 @@ def _make_beta_smoothing(
     ema_decay: float,
     spread: str | Sequence[str] = "uniform",
     memory: str = "whole run",
+    warmup: float = 1.0,
 ) -> nn.Module:
     if memory != "whole run":
         raise ValueError(f"memory must be 'whole run', got {memory!r}")
@@ -142,7 +167,9 @@ def _make_beta_smoothing(
         spread=spread if isinstance(spread, str) else tuple(spread),
         num_samples=len(task.labels) if ranking == "history" or "samples" in spread else None,
     )
-    return criterion.attach(task.model) if ranking == "ema" else criterion
+    if ranking != "ema":
+        return criterion
+    return criterion.attach(task.model, teacher=softlabels.EMATeacher(task.model, ema_decay, warmup=warmup))
 
 
 def _make_self_distillation(
@@ -156,6 +183,11 @@ def _make_self_distillation(
     else:
         criterion = softlabels.SelfDistillationLoss(alpha=alpha, temperature=temperature, scale_student=scale_student)
     return criterion.attach(task.model, teacher=task.teacher)
+
+
+def _make_average_distillation(task: Task, alpha: float, temperature: float, ema_decay: float) -> nn.Module:
+    criterion = softlabels.SelfDistillationLoss(alpha=alpha, temperature=temperature)
+    return criterion.attach(task.model, teacher=softlabels.EMATeacher(task.model, decay=ema_decay))
 
 
 def _make_dirichlet_map(task: Task, sample_weighting: str, alpha: float, temperature: Temperature) -> nn.Module:
@@ -176,6 +208,14 @@ CRITERIA: dict[str, Callable[..., nn.Module]] = {
     "Beta smoothing": _make_beta_smoothing,
     "self-distillation": _make_self_distillation,
     "instance Dirichlet MAP": _make_dirichlet_map,
+    "distillation from the average": _make_average_distillation,
+    "online label smoothing": lambda task, alpha: rivals.OnlineLabelSmoothing(alpha, task.num_classes),
+    "progressive self-knowledge distillation": lambda task, alpha: rivals.ProgressiveSelfKnowledgeDistillation(
+        alpha, len(task.labels), task.num_classes
+    ),
+    "early-learning regularisation": lambda task, strength: rivals.EarlyLearningRegularization(
+        strength, len(task.labels), task.num_classes
+    ),
 }
 
 

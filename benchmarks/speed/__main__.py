@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks.speed losses``, ``train-step``, ``metrics`` or ``import``."""
+"""Command line: ``python -m benchmarks.speed losses``, ``train-step``, ``metrics``, ``import`` or ``gpu-code``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "train-step": ("benchmarks.speed.train_step", "cost of a loss in a whole training step"),
     "metrics": ("benchmarks.speed.metrics", "metrics of a million predictions, beside their peers"),
     "import": ("benchmarks.speed.imports", "what importing softlabels adds to importing torch"),
+    "gpu-code": ("benchmarks.speed.gpu_code", "what the losses do on a GPU, counted in generated code without one"),
 }
 
 
@@ -30,30 +31,32 @@ def main(arguments: list[str] | None = None) -> None:
         command = commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         benchmark = importlib.import_module(module)
         benchmark.arguments(command)
-        command.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where to measure")
-        command.add_argument("--threads", type=int, default=2, help="CPU threads")
-        command.add_argument(
-            "--malloc",
-            choices=["keep", "system"],
-            default=getattr(benchmark, "MALLOC", "keep"),
-            help="CPU memory: keep what is freed, as jemalloc and tcmalloc do, or the system's way",
-        )
+        if not hasattr(benchmark, "HARDWARE"):
+            _timing_arguments(command, getattr(benchmark, "MALLOC", "keep"))
         command.add_argument("--out", type=Path, help="folder for a table and JSON; otherwise they are printed alone")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-
     benchmark = importlib.import_module(BENCHMARKS[options.benchmark][0])
+    is_timed = not hasattr(benchmark, "HARDWARE")
+    if is_timed:
+        torch.set_num_threads(options.threads)
+
     results = benchmark.measure(options)
     settings = {name: value for name, value in vars(options).items() if name not in ("benchmark", "out")}
     command_line = " ".join(
         [f"python -m benchmarks.speed {options.benchmark}"]
         + [
-            f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
+            f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
             for name, value in settings.items()
+            if value is not None
         ]
     )
-    made = {"command": command_line, **versions(), "hardware": hardware(options.device)}
-    text = "\n\n".join(table(heading, rows) for heading, rows in results.items())
+    made = {
+        "command": command_line,
+        **versions(),
+        "hardware": hardware(options.device) if is_timed else benchmark.HARDWARE,
+    }
+    render = table if is_timed else benchmark.table
+    text = "\n\n".join(render(heading, rows) for heading, rows in results.items())
     note = (
         f"{benchmark.describe(options)} Made by `{command_line}` with softlabels {made['softlabels']}, torch "
         f"{made['torch']} on {made['hardware']}."
@@ -66,6 +69,17 @@ def main(arguments: list[str] | None = None) -> None:
         }
         (options.out / "records.json").write_text(json.dumps({**made, "results": records}, indent=1) + "\n")
         (options.out / "table.md").write_text(f"# {benchmark.TITLE}\n\n{text}\n\n{note}\n")
+
+
+def _timing_arguments(command: argparse.ArgumentParser, malloc: str) -> None:
+    command.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where to measure")
+    command.add_argument("--threads", type=int, default=2, help="CPU threads")
+    command.add_argument(
+        "--malloc",
+        choices=["keep", "system"],
+        default=malloc,
+        help="CPU memory: keep what is freed, as jemalloc and tcmalloc do, or the system's way",
+    )
 
 
 def table(heading: str, rows: dict[str, Measurement]) -> str:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softlabels.kernels import eager, reading
+from softlabels import _reading
+from softlabels.kernels import eager
 from softlabels.kernels.soft_label import Prediction, SoftLabel, product, working_dtype
 from softlabels.kernels.statistics import Statistics
 from softlabels.kernels.statistics import statistics as traceable_statistics
@@ -174,7 +175,7 @@ def _options(part: Any) -> list[tuple[str, Any]]:
 
 def _compile(body: Graph, kinds: Sequence[tuple[Any, dict[str, Any]]], names: tuple[tuple[int, str], ...]) -> Graph:
     """A compiled function of its own, with its own code object: torch.compile counts versions by code object."""
-    if reading.TORCH < OLDEST_TORCH:
+    if _reading.TORCH < OLDEST_TORCH:
         raise CompilationFailed(
             f"the compiled kernels of softlabels need torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, and this is "
             f"{torch.__version__}; softlabels.set_backend('eager') does without"

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabels.kernels.reading import break_graph, can_read
+from softlabels._reading import break_graph, can_read
 
 
 def uniforms(shape: torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:

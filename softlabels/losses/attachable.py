@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from softlabels import kernels
+from softlabels._reading import break_graph
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import EMATeacher
-from softlabels.teachers.passes import Pass, Passes, same_rows
-from softlabels.teachers.structures import LOGITS, Output, check_model, like_parameters, outputs, unwrap
+from softlabels.teachers.passes import Pass, Passes, laid_out
+from softlabels.teachers.structures import LOGITS, Logits, Output, check_model, like_parameters, outputs, unwrap
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -143,7 +143,7 @@ class AttachableLoss(SoftLabelLoss):
         """Teacher for a model, which may come later, when none is given."""
         return EMATeacher(model)
 
-    def ask_teacher(self, input: Tensor, given: str) -> Tensor:
+    def ask_teacher(self, input: Logits, given: str) -> Logits:
         """The attached teacher's logits for this batch.
 
         Args:
@@ -161,7 +161,7 @@ class AttachableLoss(SoftLabelLoss):
                 f"pass {given}= to the call. For evaluation, use criterion.eval() or torch.no_grad()"
             )
         if torch.compiler.is_compiling():
-            kernels.break_graph(
+            break_graph(
                 "softlabels: the teacher's pass cannot be part of the compiled graph. Compile the model instead of the "
                 "whole step, or leave out fullgraph=True"
             )
@@ -192,7 +192,7 @@ class AttachableLoss(SoftLabelLoss):
             self.__dict__["teacher"] = teacher.eval()  # not a submodule: neither saved nor moved with the loss
         return followed
 
-    def _ask(self, passes: Passes, input: Tensor, given: str) -> Tensor:
+    def _ask(self, passes: Passes, input: Logits, given: str) -> Logits:
         """What the teacher says of the pass that these logits came from."""
         model = passes.model()
         if not hasattr(self, "teacher") and model is not None:  # a loss that had needed none
@@ -217,7 +217,7 @@ class AttachableLoss(SoftLabelLoss):
                 "the loss was given an output of the model that the teacher does not return; pass the teacher's logits "
                 "to the call, or let attach(..., output=...) find them"
             )
-        logits = same_rows(answer, way) if answer.shape == shape and not passes.computes else answer
+        logits = answer if passes.computes else laid_out(answer, input, way, shape)
         if logits is None or logits.shape != input.shape:
             raise RuntimeError(
                 f"the teacher's logits have shape {tuple(answer.shape)} but the loss was given input of shape "
@@ -225,7 +225,7 @@ class AttachableLoss(SoftLabelLoss):
             )
         return logits.to(input.device)
 
-    def _answers(self, seen: Pass, passes: Passes) -> dict[int, Tensor]:
+    def _answers(self, seen: Pass, passes: Passes) -> dict[int, Logits]:
         """Run the teacher on the inputs of a pass: its logits, and where the model marks others, those outputs."""
         _, _, output, teacher_inputs = passes.options
         teacher, model = self.teacher, passes.model()
@@ -247,8 +247,8 @@ class AttachableLoss(SoftLabelLoss):
                 result = teacher.run(args, kwargs, seen.training)
             else:
                 result = teacher(*args, **kwargs)
-            answers = {LOGITS: output(result)} if callable(output) else outputs(result, output)
-        if not isinstance(answers.get(LOGITS), Tensor):
+            answers: dict[int, Logits] = {LOGITS: output(result)} if callable(output) else outputs(result, output)
+        if not isinstance(answers.get(LOGITS), Logits):
             raise TypeError(
                 f"no logits found in the teacher's output of type {type(result).__name__} with output={output!r}; say "
                 "where they are with attach(..., output=...): a key, an index, or a function of the output"
@@ -296,7 +296,7 @@ def _check_apart(model: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def _difference(logits: Tensor, input: Tensor) -> str:
+def _difference(logits: Logits, input: Logits) -> str:
     classes = min(1, input.dim() - 1)
     ours, theirs = input.shape[classes : classes + 1], logits.shape[classes : classes + 1]
     if ours != theirs and logits.dim() == input.dim() and logits.numel() * ours[0] == input.numel() * theirs[0]:

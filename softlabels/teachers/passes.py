@@ -10,14 +10,16 @@ from __future__ import annotations
 import re
 import threading
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from softlabels.kernels import LinearLogits
 from softlabels.teachers.hooks import Scriptable, hang, hooks_of
-from softlabels.teachers.structures import Output, outputs, rebuilt
+from softlabels.teachers.structures import Logits, Output, outputs, rebuilt, rows_of
 
 if TYPE_CHECKING:
     from softlabels.teachers.ema import EMATeacher
@@ -45,7 +47,7 @@ class Pass:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: set[int] | None) -> None:
-        self.answers: dict[int, Tensor] = {}  # by position in the output
+        self.answers: dict[int, Logits] = {}  # by position in the output
         self.args, self.kwargs, self.training = args, kwargs, training
         self.autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in _device_types()]
         self.versions: list[tuple[Tensor, int]] = []
@@ -147,13 +149,14 @@ class Passes:
 
     def _mark(self, seen: Pass, result: Any) -> None:
         output = None if callable(self._output) else self._output
-        for position, tensor in outputs(result, output).items():
+        for position, logits in outputs(result, output).items():
+            tensor = rows_of(logits)
             if tensor.grad_fn is not None:
                 marks: dict[int, Any] = tensor.grad_fn.metadata.setdefault(self._key, {})  # type: ignore[attr-defined]
                 if tensor.output_nr not in marks or marks[tensor.output_nr][0] is not seen:
                     marks[tensor.output_nr] = (seen, position)
 
-    def find(self, logits: Tensor) -> tuple[Pass, int, Way, torch.Size] | None:
+    def find(self, logits: Logits) -> tuple[Pass, int, Way, torch.Size] | None:
         """The pass that logits came from, which of its outputs they were, the way, and the shape of that output.
 
         Raises:
@@ -164,7 +167,8 @@ class Passes:
             self._mark(*entry)
         for thread in (0, threading.get_ident()):
             self._running.pop(thread, None)  # calls that were interrupted
-        waiting: list[tuple[Node, int, Way]] = [(logits.grad_fn, logits.output_nr, ())]
+        start = rows_of(logits)
+        waiting: list[tuple[Node, int, Way]] = [(start.grad_fn, start.output_nr, ())]
         found: list[tuple[Pass, int, Way, torch.Size]] = []
         visited: set[Any] = {(None, 0)}
         for node, index, way in waiting:
@@ -187,6 +191,33 @@ class Passes:
                 "for each and add up, or let attach(..., output=...) combine the outputs of one pass"
             )
         return found[0] if found else None
+
+
+def laid_out(answer: Logits, input: Logits, way: Way, shape: torch.Size) -> Logits | None:
+    """The teacher's logits, laid out as the model's were; None if it is not clear how.
+
+    Args:
+        answer: What the teacher returned.
+        input: What the loss was given.
+        way: How the model's logits, or the input of its last layer, came to the loss.
+        shape: Of these when they left the model.
+    """
+    if not isinstance(input, LinearLogits):
+        if isinstance(answer, LinearLogits):
+            return None
+        return same_rows(answer, way) if answer.shape == shape else answer
+    if not way:
+        return answer
+    if answer.shape[:-1] != shape[:-1]:
+        return None
+    places = torch.arange(shape[:-1].numel(), dtype=torch.int32, device=answer.device).view(*shape[:-1], 1)
+    moved = same_rows(places.expand(shape), way)  # whatever the width of the teacher's layer
+    if moved is None:
+        return None
+    index = moved[..., 0]
+    if isinstance(answer, LinearLogits):
+        return replace(answer, hidden=answer.hidden.flatten(0, -2)[index])
+    return answer.flatten(0, -2)[index]
 
 
 def same_rows(logits: Tensor, way: Way) -> Tensor | None:

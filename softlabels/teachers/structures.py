@@ -10,7 +10,10 @@ from typing import Any
 from torch import Tensor, jit, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from softlabels.kernels import LinearLogits
+
 Output = str | int | Callable[[Any], Tensor] | None
+Logits = Tensor | LinearLogits
 LOGITS = -1
 DEPTH = 8  # containers inside containers; an object counts for three, since objects may refer to each other in circles
 
@@ -41,8 +44,8 @@ def find_logits(result: Any, output: Output) -> Any:
     """Logits in what a model returned; whatever stands there.
 
     Args:
-        result: A tensor; a mapping with ``"logits"`` or ``"out"``; an object with ``.logits``; or a tuple or list,
-            whose first tensor with dimensions counts.
+        result: A tensor or LinearLogits; a mapping with ``"logits"`` or ``"out"``; an object with ``.logits``; or a
+            tuple or list, whose first tensor with dimensions counts.
         output: A key or attribute name, an index, or a callable that takes ``result``; None searches as above.
     """
     if callable(output):
@@ -52,23 +55,31 @@ def find_logits(result: Any, output: Output) -> Any:
             return result[output]
         except (TypeError, KeyError, IndexError):
             return getattr(result, output, None) if isinstance(output, str) else None
-    if isinstance(result, Tensor):
+    if isinstance(result, Logits):
         return result
     if isinstance(result, Mapping):
         return result.get("logits", result.get("out"))
     if not hasattr(result, "logits") and isinstance(result, (tuple, list)):
-        return next((item for item in result if isinstance(item, Tensor) and item.dim()), None)
+        return next(
+            (item for item in result if isinstance(item, LinearLogits) or (isinstance(item, Tensor) and item.dim())),
+            None,
+        )
     return getattr(result, "logits", None)
 
 
-def outputs(result: Any, output: str | int | None) -> dict[int, Tensor]:
+def outputs(result: Any, output: str | int | None) -> dict[int, Logits]:
     """All tensors in what a model returned by their position, its logits first and as LOGITS."""
-    logits, others = find_logits(result, output), dict[int, Tensor]()
-    if isinstance(result, Tensor) and logits is result:
+    logits, found = find_logits(result, output), dict[int, Tensor]()
+    if isinstance(result, Logits) and logits is result:
         return {LOGITS: logits}
-    rebuilt(result, lambda tensor: others.setdefault(len(others), tensor))
-    others = {position: tensor for position, tensor in others.items() if tensor is not logits}
-    return {LOGITS: logits, **others} if isinstance(logits, Tensor) else others
+    rebuilt(result, lambda tensor: found.setdefault(len(found), tensor))
+    others: dict[int, Logits] = {position: tensor for position, tensor in found.items() if tensor is not logits}
+    return {LOGITS: logits, **others} if isinstance(logits, Logits) else others
+
+
+def rows_of(logits: Logits) -> Tensor:
+    """The tensor whose graph tells which pass and which rows these logits are of: of LinearLogits the layer's input."""
+    return logits.hidden if isinstance(logits, LinearLogits) else logits
 
 
 def like_parameters(value: Any, module: nn.Module) -> Any:
