@@ -16,7 +16,16 @@ from softlabels._reading import break_graph
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import EMATeacher
 from softlabels.teachers.passes import Pass, Passes, laid_out
-from softlabels.teachers.structures import LOGITS, Logits, Output, check_model, like_parameters, outputs, unwrap
+from softlabels.teachers.structures import (
+    LOGITS,
+    Logits,
+    Output,
+    check_model,
+    like_parameters,
+    outputs,
+    rows_of,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -113,7 +122,7 @@ class AttachableLoss(SoftLabelLoss):
             followed = self._add_teacher(model, teacher, optimizer)
         else:
             warnings.warn(f"{self!r} needs no teacher, so attach keeps no average", stacklevel=2)
-        self._passes, self._is_copy = Passes(model, options, followed), False
+        self._passes, self._is_copy = Passes(model, options, followed, getattr(self, "teacher", None)), False
         return self
 
     def detach(self) -> Self:
@@ -133,6 +142,11 @@ class AttachableLoss(SoftLabelLoss):
     def attached(self) -> bool:
         """Whether the loss is attached to a model; copies and pickles of it are not."""
         return self._passes is not None
+
+    @property
+    def is_first_answer(self) -> bool:
+        """Whether the attached teacher has been asked once, and so is looked at more closely."""
+        return self._passes is not None and self._passes.answers == 1
 
     @property
     def needs_teacher(self) -> bool:
@@ -195,9 +209,10 @@ class AttachableLoss(SoftLabelLoss):
     def _ask(self, passes: Passes, input: Logits, given: str) -> Logits:
         """What the teacher says of the pass that these logits came from."""
         model = passes.model()
-        if not hasattr(self, "teacher") and model is not None:  # a loss that had needed none
+        if passes.teacher is None and model is not None:  # a loss that had needed none
             optimizer = passes.options[0]
             passes.followed = self._add_teacher(model, None, optimizer and optimizer())
+            passes.teacher = self.teacher
         found = passes.find(input)
         if found is None:
             raise RuntimeError(
@@ -210,6 +225,7 @@ class AttachableLoss(SoftLabelLoss):
         seen, position, way, shape = found
         if not seen.answers:
             seen.answers = self._answers(seen, passes)
+            passes.answers += 1
             seen.args, seen.kwargs, seen.versions = (), {}, []
         answer = seen.answers.get(LOGITS if passes.computes else position)
         if answer is None:
@@ -228,7 +244,7 @@ class AttachableLoss(SoftLabelLoss):
     def _answers(self, seen: Pass, passes: Passes) -> dict[int, Logits]:
         """Run the teacher on the inputs of a pass: its logits, and where the model marks others, those outputs."""
         _, _, output, teacher_inputs = passes.options
-        teacher, model = self.teacher, passes.model()
+        teacher, model = passes.teacher, passes.model()
         if seen.training is None:
             seen.training = passes.begin()  # which a compiled hook does not
         args, kwargs = seen.arguments(caches=teacher_inputs is not None)
@@ -253,7 +269,7 @@ class AttachableLoss(SoftLabelLoss):
                 f"no logits found in the teacher's output of type {type(result).__name__} with output={output!r}; say "
                 "where they are with attach(..., output=...): a key, an index, or a function of the output"
             )
-        if isinstance(teacher, EMATeacher) and teacher.is_lost(answers[LOGITS]):
+        if isinstance(teacher, EMATeacher) and teacher.is_lost(rows_of(answers[LOGITS])):
             teacher.restart()
             return self._answers(seen, passes)
         return answers

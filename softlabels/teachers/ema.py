@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels import _checks
-from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, laid_out_as, local, own_randomness
+from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, laid_out_as, local
 from softlabels.teachers.steps import Steps
 from softlabels.teachers.structures import check_model, unwrap
 
@@ -232,24 +232,20 @@ class EMATeacher(nn.Module):
         model = self._present()
         found = Parts(model)
         self._fit(found)
-        stream, self._num_passes = self._num_passes, self._num_passes + 1
-        averages, statistics = self._averages if self._num_updates else {}, self._statistics
-        if self.mode == "eval":
-            statistics = {}
+        averages = self._averages if self._num_updates else {}
+        if self.module is not None:
+            model, found, training = self.module, Parts(self.module), None
+            averages = {name: laid_out_as(average, found.parameters[name]) for name, average in self._averages.items()}
         if self.mode == "eval" or (training is None and not self.training):
             training = set()
-        with own_randomness(found.parameters.values(), stream):
-            if self.module is not None:
-                for key, parameter in Parts(self.module).parameters.items():
-                    if key in self._averages:
-                        local(parameter.data).copy_(local(laid_out_as(self._averages[key], parameter)))
-                return self.module(*args, **kwargs)
-            self._runs = True  # and what the model calls of itself with grad is no training pass
-            try:
-                with averaged(found, averages, statistics, training):
-                    return model(*args, **kwargs)
-            finally:
-                self._runs = False
+        statistics = {} if self.mode == "eval" else self._statistics
+        self._num_passes += 1
+        self._runs = True  # and what the model calls of itself with grad is no training pass
+        try:
+            with averaged(found, averages, statistics, training, self._num_passes - 1):
+                return model(*args, **kwargs)
+        finally:
+            self._runs = False
 
     def is_lost(self, logits: Tensor) -> bool:
         """Whether averages have become NaN or infinite, and the weights not, since somebody put them back by hand.
@@ -288,7 +284,7 @@ class EMATeacher(nn.Module):
             results = [value for value in vars(module).values() if isinstance(value, Tensor)]  # have graphs: no copies
             memo.update({id(value): value.detach().clone() for value in results})
         averages = self._averages if self._num_updates else {}
-        with torch.no_grad(), averaged(Parts(model), averages, self._statistics, set()):
+        with torch.no_grad(), averaged(Parts(model), averages, self._statistics, set(), 0):
             return copy.deepcopy(model, memo)
 
     def extra_repr(self) -> str:
