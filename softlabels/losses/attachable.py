@@ -23,7 +23,6 @@ from softlabels.teachers.structures import (
     check_model,
     like_parameters,
     outputs,
-    rows_of,
     unwrap,
 )
 
@@ -269,9 +268,6 @@ class AttachableLoss(SoftLabelLoss):
                 f"no logits found in the teacher's output of type {type(result).__name__} with output={output!r}; say "
                 "where they are with attach(..., output=...): a key, an index, or a function of the output"
             )
-        if isinstance(teacher, EMATeacher) and teacher.is_lost(rows_of(answers[LOGITS])):
-            teacher.restart()
-            return self._answers(seen, passes)
         return answers
 
     def _warn_missing(self, what: str, consequence: str) -> None:

@@ -18,7 +18,6 @@ from softlabels.teachers.steps import Steps
 from softlabels.teachers.structures import check_model, unwrap
 
 AVERAGES, STATISTICS = "averages/", "statistics/"  # in a checkpoint
-PATIENCE = 100  # passes after which an accelerator is asked whether the average is lost
 COUNTERS = ("num_updates", "num_passes")
 
 
@@ -189,7 +188,10 @@ class EMATeacher(nn.Module):
                 )
             self.restart()
         stepped = steps.taken(found, passing)
-        if stepped:
+        if steps.by_hand and self._num_updates and self._is_lost(found):
+            warnings.warn("the average of the weights is NaN, and they are not: it restarts from them", stacklevel=2)
+            self.restart()
+        elif stepped:
             self._average(found)
         if passing and self._num_updates == 0 and not (steps.begun and _alike(self._averages, found.trained())):
             check_model(source)
@@ -246,22 +248,6 @@ class EMATeacher(nn.Module):
                 return model(*args, **kwargs)
         finally:
             self._runs = False
-
-    def is_lost(self, logits: Tensor) -> bool:
-        """Whether averages have become NaN or infinite, and the weights not, since somebody put them back by hand.
-
-        Asked where logits of the teacher are NaN; on an accelerator, which has to be waited for, at few passes.
-        """
-        asked = logits.is_cpu or (self._num_passes % PATIENCE == 0 and not logits.is_meta)
-        if not asked or not self._num_updates or not bool(logits.sum().isnan()):
-            return False
-        weights = [parameter for name, parameter in Parts(self._present()).parameters.items() if name in self._averages]
-        lost = all(type(weight) in PLAIN and bool(weight.isfinite().all()) for weight in weights) and not all(
-            bool(average.isfinite().all()) for average in self._averages.values()
-        )
-        if lost:
-            warnings.warn("the average of the weights is NaN, and they are not: it restarts from them", stacklevel=2)
-        return lost
 
     def averaged_model(self) -> nn.Module:
         """A copy of the model that has the averages as its weights, in eval mode: for evaluation and export.
@@ -334,6 +320,13 @@ class EMATeacher(nn.Module):
             precise = torch.promote_types(parameter.dtype, torch.float32)
             self._averages[name] = laid_out_as(average.to(precise), parameter)
         self._fitted = self._averages, layout
+
+    def _is_lost(self, found: Parts) -> bool:
+        """Whether averages have become NaN or infinite, and the weights not, as somebody has put them back."""
+        weights = [parameter for name, parameter in found.parameters.items() if name in self._averages]
+        return all(type(p) in PLAIN and bool(p.sum().isfinite()) for p in weights) and not all(
+            bool(average.sum().isfinite()) for average in self._averages.values()
+        )
 
     @torch.no_grad()
     def _average(self, found: Parts) -> None:

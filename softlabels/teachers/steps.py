@@ -53,6 +53,8 @@ class Steps:
         self._known = True if optimizer is False else None  # whether an optimizer owns the weights; None: not known
         self._mine: set[int] = set()
         self._looks = 0
+        self._versions: list[int] = []
+        self.by_hand = False  # whether, at the last look, somebody else than an optimizer had written to the weights
         self.forget()
         for module in model.modules():
             hang(self, "_load", module.register_load_state_dict_post_hook)
@@ -93,8 +95,11 @@ class Steps:
         stepped = self._noted or (self._found_inf is not None and not bool(self._found_inf))
         self._noted, self._found_inf = False, None
         self._mine = {id(parameter) for parameter in found.parameters.values()}
+        trained = found.trained()
+        before, self._versions = self._versions, [parameter._version for parameter in trained.values()]
+        self.by_hand = not stepped and before != self._versions
         if not (stepped or self._known) and (passing or self._sample is not None):
-            stepped = self._changed(found.trained())
+            stepped = self._changed(trained)
         self._restored = self._restored and not (passing or stepped)
         return stepped
 
