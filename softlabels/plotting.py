@@ -328,7 +328,7 @@ def hardest(criterion: BetaSmoothingLoss, n: int = 20) -> HardSamples:
     doubt, place = history.doubt[seen].sort(descending=True, stable=True)
     index = seen[place[:n]]
     past = getattr(getattr(criterion, "learned_spread", None), "past", None)
-    return HardSamples(index, doubt[:n], None if past is None else past[index].float().argmax(1))
+    return HardSamples(index, doubt[:n], None if past is None else past.likeliest(index))
 
 
 def _bars(ax: Axes, curve: ReliabilityCurve, filled: Tensor, ink: Any) -> None:

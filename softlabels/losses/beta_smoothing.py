@@ -80,7 +80,8 @@ class BetaSmoothingLoss(AttachableLoss):
         spread: Where the amount goes. ``"uniform"``: evenly to all classes, as in the paper. ``"classes"``: as the mean
             prediction on the rows of the label's class says. ``"neighbours"``: as the labels of the batch's other rows
             say, weighted by how alike their logits are. ``"samples"``: as the mean of this sample's past predictions
-            says (needs ``num_samples`` and the call argument ``index``). A tuple: the mean of these. In evaluation the
+            says (needs ``num_samples`` and the call argument ``index``; where a number per class would take more than
+            512 MiB, the 16 largest of each sample are kept). A tuple: the mean of these. In evaluation the
             spread is even, so that the value depends on nothing but the row and compares with other losses.
         rank_by: ``"max"``: confidence is the largest class probability, as in the paper's text. ``"true_class"``: it is
             the probability of the label, as in the paper's published scripts.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softlabels._processes import of_all_processes
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from softlabels._tables import Tables
 
 
-class PredictionHistory(nn.Module):
+class PredictionHistory(Tables):
     r"""Mean, over the visits of each training sample, of the doubt 1 - c that the model had about it.
 
     One float32 and one int32 per sample. Doubt rather than confidence is stored because float32 resolves numbers near
@@ -67,15 +64,15 @@ class PredictionHistory(nn.Module):
         self.doubt.index_add_(0, index, torch.where(new, current / after.clamp(min=1), 0.0))
 
     def is_in(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Whether a checkpoint has a history; if not, an empty one is put there. Old ones did not count visits."""
-        found = prefix + "doubt" in state_dict
-        doubt = state_dict.setdefault(prefix + "doubt", torch.full_like(self.doubt, torch.nan))
-        state_dict.setdefault(prefix + "visits", (~doubt.isnan()).int())
-        return found
+        """Whether a checkpoint has a history; old ones did not count visits."""
+        doubt = state_dict.get(prefix + "doubt")
+        if doubt is not None:
+            state_dict.setdefault(prefix + "visits", (~doubt.isnan()).int())
+        return super().is_in(state_dict, prefix)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow moves between devices but stay float32."""
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call, no-any-return]
+    def emptied(self) -> PredictionHistory:
+        """The same, as it was made."""
+        return PredictionHistory(self.num_samples)
 
     def extra_repr(self) -> str:
         """Show the options."""

@@ -16,6 +16,7 @@ from torch import nn
 from softlabels import BetaSmoothingLoss, backend
 from softlabels.functional import beta_smoothing_loss, beta_smoothing_targets
 from softlabels.priors import SPREADS
+from softlabels.priors.evidence import Evidence
 
 ALL = ("classes", "neighbours", "samples")
 N, K, SAMPLES = 12, 5, 40
@@ -181,10 +182,10 @@ def test_three_batches_equal_the_reference(name, ranking):
     learned = criterion.learned_spread
     assert criterion.class_profiles is learned.class_profiles
     torch.testing.assert_close(learned.class_profiles, torch.tensor(profiles.rows))
-    assert [learned.visits[i].item() for i in past] == [len(v) for v in past.values()]
+    assert [learned.past.visits[i].item() for i in past] == [len(v) for v in past.values()]
     for i, visits in past.items():
         mean = torch.tensor([sum(v) / len(v) for v in zip(*visits, strict=True)])
-        torch.testing.assert_close(learned.past[i].float(), mean, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(learned.past.mean[i].float(), mean, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -238,13 +239,13 @@ def test_resume_is_bit_for_bit(ranking):
     fresh = make()
     fresh.load_state_dict(make().state_dict())  # from before the first batch, into one that has seen some
     first.load_state_dict(fresh.state_dict())
-    assert first.learned_spread.visits.sum() == 0
+    assert first.learned_spread.past.visits.sum() == 0
     plain = BetaSmoothingLoss(ranking="random", generator=torch.Generator()).state_dict()
     if ranking == "history":
         plain.update({k: v for k, v in first.state_dict().items() if k.startswith("history")})
     with pytest.warns(UserWarning, match="learned spread"):
         second.load_state_dict(plain)
-    assert second.learned_spread.visits.sum() == 0
+    assert second.learned_spread.past.visits.sum() == 0
 
 
 def test_evaluation_is_even_and_remembers_nothing():
@@ -419,6 +420,49 @@ def test_two_processes_are_one_where_asked():
             if name != "generator_state":
                 told = torch.tensor(state[name], dtype=table.dtype)
                 torch.testing.assert_close(told, table, atol=1e-4, rtol=2e-3, equal_nan=True)
-        for name in ("learned_spread.visits", "history.visits"):
+        for name in ("learned_spread.past.visits", "history.visits"):
             assert sum(state[name]) == 2 * N
             assert sum(ranks[rank]["history", False][1][name]) == N
+
+
+def test_of_many_classes_the_largest_are_remembered(monkeypatch):
+    """Means of the kept classes, and the rest by class. One sample twice in a batch is two visits."""
+    monkeypatch.setattr("softlabels.priors.past_predictions.MOST_DENSE", SAMPLES * K - 1)
+    monkeypatch.setattr("softlabels.priors.past_predictions.KEPT", 2)
+    criterion = BetaSmoothingLoss(ranking="none", spread="samples", num_samples=SAMPLES)
+    remembered, visits = {}, {}
+    for seed in range(3):
+        logits, target, index = a_batch(seed, torch.float32)
+        index = index % 7  # again and again, some twice in a batch
+        criterion(logits.requires_grad_(), target, index=index)
+        found = {}
+        for sample, p in zip(index.tolist(), logits.detach().softmax(1).tolist(), strict=True):
+            found.setdefault(sample, []).append(p)
+        for sample, rows in found.items():
+            before = visits.get(sample, 0)
+            visits[sample] = before + len(rows)
+            earlier = remembered.get(sample, [0.0] * K)
+            mean = [(before * e + sum(p[c] for p in rows)) / visits[sample] for c, e in enumerate(earlier)]
+            kept = sorted(range(K), key=lambda c: -mean[c])[:2]
+            remembered[sample] = [mean[c] if c in kept else 0.0 for c in range(K)]
+    past = criterion.learned_spread.past
+    assert past.mean.shape == past.classes.shape == (SAMPLES, 2)
+    assert past.visits[:7].tolist() == [visits.get(sample, 0) for sample in range(7)]
+    samples = torch.tensor(sorted(remembered))
+    expected = torch.tensor([remembered[sample] for sample in samples.tolist()])
+    torch.testing.assert_close(past.of(samples, K).float(), expected, atol=2e-3, rtol=0)
+    assert past.likeliest(samples).tolist() == expected.argmax(1).tolist()
+    source, where = criterion.learned_spread.sources(*told(criterion, logits, target, index))[0]
+    of_class = criterion.class_profiles[target]
+    rows = torch.tensor([remembered[sample] for sample in index.tolist()])
+    assert where is None
+    torch.testing.assert_close(source, rows + (1 - rows.sum(1, keepdim=True)) * of_class, atol=3e-3, rtol=0)
+    again = BetaSmoothingLoss(ranking="none", spread="samples", num_samples=SAMPLES)
+    again.load_state_dict(criterion.state_dict())
+    assert torch.equal(again.learned_spread.past.of(samples, K), past.of(samples, K))
+
+
+def told(criterion, logits, target, index):
+    rows = criterion.rows(logits.detach(), target, None)
+    batch = Evidence.of(rows, logits.detach(), index)
+    return rows, batch, batch, slice(0, len(index)), index

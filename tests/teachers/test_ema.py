@@ -39,7 +39,7 @@ def test_bfloat16_average_moves():
     model = nn.Linear(3, 2, bias=False).bfloat16()
     nn.init.zeros_(model.weight)
     teacher = EMATeacher(model, decay=0.999)
-    teacher.num_updates = 5000  # long after the warm-up
+    teacher._num_updates = 5000  # long after the warm-up
     nn.init.ones_(model.weight)
     for _ in range(100):
         teacher.update()
