@@ -17,6 +17,7 @@ from softlabels import LinearLogits, TopKLogits, functional, tuning
 
 TITLE = "A linear layer and its loss"
 SHAPES = ("2048x512x32000", "1024x1024x128256", "4096x256x8000")
+KINDS = ("labels", "teacher")
 ALPHA, TEMPERATURE, TOP = 0.6, 4.0, 50
 MALLOC = "system"
 
@@ -26,6 +27,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NxDxK", help="rows x width x classes")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="whose losses")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the layer")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions")
 
@@ -53,8 +55,9 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
         hidden = torch.randn(rows, width, device=options.device).to(dtype).requires_grad_()
         weight = (torch.randn(classes, width, device=options.device) / width**0.5).to(dtype).requires_grad_()
         target = torch.randint(classes, (rows,), device=options.device)
-        results[f"{shape}, labels"] = _measure(label_losses(target), hidden, weight, options)
-        results[f"{shape}, a teacher"] = _measure(teacher_losses(target, hidden, weight), hidden, weight, options)
+        for kind in options.kinds:
+            losses = label_losses(target) if kind == "labels" else teacher_losses(target, hidden, weight)
+            results[f"{shape}, {kind}"] = _measure(losses, hidden, weight, options)
     return results
 
 
