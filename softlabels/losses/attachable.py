@@ -15,7 +15,16 @@ from softlabels._reading import break_graph
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import EMATeacher
 from softlabels.teachers.passes import Pass, Passes, laid_out
-from softlabels.teachers.structures import LOGITS, Logits, Output, check_model, like_parameters, outputs, unwrap
+from softlabels.teachers.structures import (
+    LOGITS,
+    Logits,
+    Output,
+    check_model,
+    like_parameters,
+    outputs,
+    rows_of,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -100,16 +109,12 @@ class AttachableLoss(SoftLabelLoss):
             raise TypeError(f"output must be a key, an index, a callable or None, got {output!r}")
         if teacher_inputs is not None and not callable(teacher_inputs):
             raise TypeError(f"teacher_inputs must be callable, got {type(teacher_inputs).__name__}")
-        passes = Passes(model, options)
+        followed: list[Any] = []
         if teacher is not None or self.needs_teacher:
-            try:
-                self._add_teacher(passes, model)
-            except BaseException:
-                passes.end()
-                raise
+            followed = self._add_teacher(model, teacher, optimizer)
         else:
             warnings.warn(f"{self!r} needs no teacher, so attach keeps no average", stacklevel=2)
-        self._passes, self._is_copy = passes, False
+        self._passes, self._is_copy = Passes(model, options, followed), False
         return self
 
     def detach(self) -> Self:
@@ -164,21 +169,21 @@ class AttachableLoss(SoftLabelLoss):
             return torch._dynamo.disable(self._ask)(self._passes, input, given)  # type: ignore[no-any-return,no-untyped-call]
         return self._ask(self._passes, input, given)
 
-    def _add_teacher(self, passes: Passes, model: nn.Module) -> None:
-        """Ask a teacher from now on: an EMATeacher of the model or a part of it, or a frozen module."""
-        optimizer, teacher, _, _ = passes.options
+    def _add_teacher(self, model: nn.Module, teacher: nn.Module | None, optimizer: object) -> list[Any]:
+        """Ask a teacher from now on; the EMA teachers in it of the model or a part of it, and the steps they follow."""
         waiting = self._modules.get("teacher")  # in a copy, or after load_state_dict
         if teacher is None:
             teacher = self.make_teacher(model) if waiting is None else waiting
         elif isinstance(unwrap(teacher), EMATeacher):
             teacher = unwrap(teacher)  # a compiler cannot look into it
         _check_apart(model, teacher)
+        followed = []
         for ema in [module for module in teacher.modules() if isinstance(module, EMATeacher)]:
             if ema.source is None:
                 ema.follow(model)
-            source, followed = ema._present(), unwrap(model)
-            if source in followed.modules() or followed in source.modules():
-                passes.followed.append((ema, ema.follow_steps(optimizer)))
+            source, attached = ema._present(), unwrap(model)
+            if source in attached.modules() or attached in source.modules():
+                followed.append((ema, ema.follow_steps(optimizer)))
         self._modules.pop("teacher", None)
         if isinstance(teacher, EMATeacher):
             if waiting not in (None, teacher):
@@ -186,12 +191,13 @@ class AttachableLoss(SoftLabelLoss):
             self.add_module("teacher", teacher)
         else:
             self.__dict__["teacher"] = teacher.eval()  # not a submodule: neither saved nor moved with the loss
+        return followed
 
     def _ask(self, passes: Passes, input: Logits, given: str) -> Logits:
         """What the teacher says of the pass that these logits came from."""
         model = passes.model()
         if not hasattr(self, "teacher") and model is not None:  # a loss that had needed none
-            self._add_teacher(passes, model)
+            passes.followed = self._add_teacher(model, None, passes.options[0])
         found = passes.find(input)
         if found is None:
             raise RuntimeError(
@@ -247,6 +253,9 @@ class AttachableLoss(SoftLabelLoss):
                 f"no logits found in the teacher's output of type {type(result).__name__} with output={output!r}; say "
                 "where they are with attach(..., output=...): a key, an index, or a function of the output"
             )
+        if isinstance(teacher, EMATeacher) and teacher.is_lost(rows_of(answers[LOGITS])):
+            teacher.restart()
+            return self._answers(seen, passes)
         return answers
 
     def _warn_missing(self, what: str, consequence: str) -> None:

@@ -13,25 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from softlabels import _checks
-from softlabels.teachers.averaged_weights import (
-    Parts,
-    averaged,
-    is_sharded,
-    laid_out_as,
-    local,
-    own_randomness,
-)
+from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, is_sharded, laid_out_as, local, own_randomness
 from softlabels.teachers.steps import Steps
-from softlabels.teachers.structures import check_model, copied_layer, unwrap
+from softlabels.teachers.structures import check_model, copied_layers, unwrap
 
 AVERAGES, STATISTICS = "averages/", "statistics/"  # in a checkpoint
+PATIENCE = 100  # passes after which an accelerator is asked whether the average is lost
 COUNTERS = ("num_updates", "num_passes")
 
 
 class EMATeacher(nn.Module):
     r"""A model, run with an exponential moving average of the weights that are trained.
 
-    At the t-th update (t = 1, 2, ...), with $d_t = \min(1 - 1 / (t + 1), \mathtt{decay})$,
+    At the t-th update (t = 1, 2, ...), with $d_t = \min(1 - w / (t + w), \mathtt{decay})$ and $w$ the ``warmup``,
 
     $$\theta' \leftarrow d_t\, \theta' + (1 - d_t)\, \theta.$$
 
@@ -49,6 +43,9 @@ class EMATeacher(nn.Module):
             holds no strong reference to it, and has no parameters or buffers that an optimizer or another average
             would find.
         decay: The largest decay, in [0, 1).
+        warmup: $w$, at least 1. Until ``decay`` is reached, the average is over about the last $1 / w$ of the run. 1 is
+            Mean Teacher's schedule, an even mean over the whole run. With 10, a run of 500 steps and one of 5,000
+            need no different ``decay``.
         mode: ``"train"``: the teacher's pass uses batch statistics and dropout where the model's does, as in Mean
             Teacher; called by hand after ``teacher.eval()``, it does not. ``"eval"``: it never does, and uses the
             model's running statistics.
@@ -61,7 +58,8 @@ class EMATeacher(nn.Module):
 
     Raises:
         TypeError: ``model`` or ``module`` is no module, or of a kind whose weights cannot be exchanged.
-        ValueError: ``decay`` or ``mode`` is out of range, or the model has parameters that are not yet initialised.
+        ValueError: ``decay``, ``warmup`` or ``mode`` is out of range, or the model has parameters that are not yet
+            initialised.
 
     Example:
         >>> import torch
@@ -81,14 +79,21 @@ class EMATeacher(nn.Module):
     __setattr__ = object.__setattr__  # type: ignore[assignment]  # nothing in it is a parameter, buffer or submodule
 
     def __init__(
-        self, model: nn.Module | None, decay: float = 0.999, *, mode: str = "train", module: nn.Module | None = None
+        self,
+        model: nn.Module | None,
+        decay: float = 0.999,
+        *,
+        warmup: float = 1.0,
+        mode: str = "train",
+        module: nn.Module | None = None,
     ) -> None:
         super().__init__()
         _checks.check_number("decay", decay, low=0.0, high=1.0, high_open=True)
+        _checks.check_number("warmup", warmup, low=1.0, high_open=True)
         _checks.check_choice("mode", mode, ("train", "eval"))
         if not isinstance(module, (nn.Module, types.NoneType)):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        self.decay, self.mode = decay, mode
+        self.decay, self.warmup, self.mode = decay, warmup, mode
         self.module = module
         self._source: weakref.ref[nn.Module] | None = None
         self._steps: weakref.ref[Steps] | None = None
@@ -243,10 +248,26 @@ class EMATeacher(nn.Module):
             try:
                 with averaged(found, averages, statistics, training):
                     result = model(*args, **kwargs)
-                    is_lent = any(is_sharded(parameter) for parameter in found.parameters.values())
-                    return copied_layer(result) if is_lent else result
+                    sharded = any(is_sharded(parameter) for parameter in found.parameters.values())
+                    return copied_layers(result) if sharded else result
             finally:
                 self._runs = False
+
+    def is_lost(self, logits: Tensor) -> bool:
+        """Whether averages have become NaN or infinite, and the weights not, since somebody put them back by hand.
+
+        Asked where logits of the teacher are NaN; on an accelerator, which has to be waited for, at few passes.
+        """
+        asked = logits.is_cpu or (self._num_passes % PATIENCE == 0 and not logits.is_meta)
+        if not asked or not self._num_updates or not bool(logits.sum().isnan()):
+            return False
+        weights = [parameter for name, parameter in Parts(self._present()).parameters.items() if name in self._averages]
+        lost = all(type(weight) in PLAIN and bool(weight.isfinite().all()) for weight in weights) and not all(
+            bool(average.isfinite().all()) for average in self._averages.values()
+        )
+        if lost:
+            warnings.warn("the average of the weights is NaN, and they are not: it restarts from them", stacklevel=2)
+        return lost
 
     def averaged_model(self) -> nn.Module:
         """A copy of the model that has the averages as its weights, in eval mode: for evaluation and export.
@@ -275,7 +296,8 @@ class EMATeacher(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         name = "no model" if self.source is None else type(self.source).__name__
-        return f"{name}, decay={self.decay}, mode={self.mode!r}, num_updates={self.num_updates}"
+        warmup = "" if self.warmup == 1.0 else f", warmup={self.warmup:g}"
+        return f"{name}, decay={self.decay}{warmup}, mode={self.mode!r}, num_updates={self.num_updates}"
 
     def _present(self) -> nn.Module:
         source = self.source
@@ -324,7 +346,7 @@ class EMATeacher(nn.Module):
         self._fit(found)
         self._averages.update(_averages_of(found, but=self._averages))
         self._num_updates += 1
-        decay = min(1.0 - 1.0 / (self._num_updates + 1), self.decay)
+        decay = min(1.0 - self.warmup / (self._num_updates + self.warmup), self.decay)
         averages = [local(average) for average in self._averages.values()]
         if averages:
             torch._foreach_mul_(averages, decay)

@@ -92,11 +92,13 @@ class Passes:
     Args:
         model: The model, not kept alive. Of a model that calls itself the outermost pass is found, being nearest.
         options: What attach was given: optimizer, teacher, where the logits are, and the function of inputs.
+        followed: EMA teachers, which take in what happened before each pass.
     """
 
-    def __init__(self, model: nn.Module, options: tuple[Any, Any, Output, Any]) -> None:
-        self.model, self.options = weakref.ref(model), options
-        self.followed: list[tuple[EMATeacher, Steps]] = []  # which take in what happened before each pass
+    def __init__(
+        self, model: nn.Module, options: tuple[Any, Any, Output, Any], followed: list[tuple[EMATeacher, Steps]]
+    ) -> None:
+        self.model, self.options, self.followed = weakref.ref(model), options, followed
         self._output = options[2]
         self.computes = callable(self._output)  # and then the loss is given anything that is made of one pass
         self._key = object()

@@ -39,10 +39,11 @@ def rebuilt(value: Any, change: Callable[[Tensor], Tensor], depth: int = DEPTH) 
     return new
 
 
-def copied_layer(result: Any) -> Any:
-    """What a model returned; LinearLogits in it with copies of their tensors, for FSDP2 frees those of parameters."""
-    has_layer = isinstance(find_logits(result, None), LinearLogits)
-    return rebuilt(result, lambda tensor: tensor.detach().clone()) if has_layer else result
+def copied_layers(value: Any) -> Any:
+    """What a model returned, where its LinearLogits hold copies, since FSDP2 takes back the memory of parameters."""
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    inside = any(isinstance(item, LinearLogits) for item in (value, *items, *getattr(value, "__dict__", {}).values()))
+    return rebuilt(value, lambda tensor: tensor.detach().clone()) if inside else value
 
 
 def find_logits(result: Any, output: Output) -> Any:

@@ -697,3 +697,28 @@ def test_a_temporary_optimizer_counts():
         by_hand.step()
     assert criterion.teacher.num_updates == 3
     assert_same_parameters(criterion.teacher, by_hand)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_put_back_by_hand_after_nan_restart_the_average(bad):
+    """By copy_, which no hook sees; an average of NaN would stay so for ever, and with it the loss."""
+    model = make_model()
+    criterion = attached(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, criterion, optimizer, batches(3))
+    good = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model[0].weight.fill_(bad)
+    optimizer.step()
+    model(batches(1)[0][0])
+    assert not criterion.teacher.averages["0.weight"].isfinite().any()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(good[name])
+    by_hand = MeanTeacher(model, 0.8)
+    with pytest.warns(UserWarning, match="the average of the weights is NaN, and they are not") as caught:
+        train(model, criterion, optimizer, batches(4), by_hand.step)
+    assert len(caught) == 1
+    assert criterion.teacher.num_updates == 4
+    assert_same_parameters(criterion.teacher, by_hand)
+    assert criterion.teacher.averaged_model()(batches(1)[0][0]).isfinite().all()

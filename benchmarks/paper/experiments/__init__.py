@@ -8,6 +8,7 @@ from benchmarks.paper.experiments import (
     beta_ablation,
     comparison,
     cross_distillation,
+    ema_window,
     label_noise,
     pruned,
     sample_weights,
@@ -15,6 +16,7 @@ from benchmarks.paper.experiments import (
     spread,
     student_scaling,
     temperature,
+    top_k,
     train_size,
     tuned,
     weight_decay,
@@ -34,5 +36,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "analytic": analytic.EXPERIMENT,
     "tuned": tuned.EXPERIMENT,
     "spread": spread.EXPERIMENT,
+    "ema-window": ema_window.EXPERIMENT,
     "label-noise": label_noise.EXPERIMENT,
+    "top-k": top_k.EXPERIMENT,
 }

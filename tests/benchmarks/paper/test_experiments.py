@@ -72,6 +72,8 @@ def quality(name: str, label: str, position: int, count: int) -> dict[str, float
         level = levels[label.split(",")[0]] - label.endswith("0.98")
     if name == "spread":
         level = spread_level(label)
+    if name == "ema-window":
+        level = 3.0 * ("last tenth" in label)
     if name == "label-noise":
         levels = {"cross-entropy": -2, "label smoothing": 1, "Beta smoothing": 2, "neighbours and samples": 6}
         level = next((levels[method] for method in levels if label.startswith(method)), 3)
@@ -127,6 +129,8 @@ CLAIMS = {
         *("S1 classes", "S1 neighbours", "S1 samples", "S2 accuracy", "S2 ECE", "S3", "S4"),
         *("S5", "S5 LS", "S5 Beta", "S5 SD", "S6", "rivals"),
     ],
+    "ema-window": ["window, short", "window, long"],
+    "top-k": [f"top {k}, {rest}" for k in (1, 2) for rest in ("uniform", "bucket")],
     "label-noise": ["S7 20%", "S7 20%, specialist", "S7 40%", "S7 40%, specialist"],
 }
 
@@ -141,7 +145,7 @@ def test_planted_effects_are_found_and_reversed_ones_contradicted(name, tmp_path
     reversed_ = experiment.claims(setting, made_up(setting, name, tmp_path / "b", -1.0))
     if name != "cross-distillation":  # there the better teacher is whichever is better
         assert [claim.verdict() for claim in reversed_] == ["contradicted"] * len(planted), report.verdicts(reversed_)
-    if name not in ("pruned", "sample-weights", "spread"):  # where no effect is what is claimed
+    if name not in ("pruned", "sample-weights", "spread", "ema-window"):  # where no effect is what is claimed
         null = experiment.claims(setting, made_up(setting, name, tmp_path / "c", 0.0))
         assert "holds" not in [claim.verdict() for claim in null], report.verdicts(null)
     results = made_up(setting, name, tmp_path / "d", 1.0)
