@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "recipes"
 FRAMEWORKS = {
     "huggingface_trainer": "transformers",
+    "language_model": "transformers",
+    "offline_teacher": "safetensors",
     "lightning_module": "lightning",
     "accelerate_loop": "accelerate",
     "skorch_classifier": "skorch",
@@ -29,12 +31,16 @@ LEAST_ACCURACY = {  # chance is 0.1, in huggingface_trainer 0.25; in segmentatio
     "ddp": 0.85,
     "export_average": 0.85,
     "fsdp2": 0.85,
+    "fsdp2_linear_logits": 0.85,
     "huggingface_trainer": 0.5,
+    "language_model": 0.2,
     "lightning_module": 0.85,
     "mixup": 0.9,
+    "offline_teacher": 0.2,
     "plain_pytorch": 0.85,
     "segmentation": 0.8,
     "skorch_classifier": 0.85,
+    "token_classification": 0.8,
 }
 RESUMED = {  # epochs before and after; where the state of the random numbers is saved, the result is the same
     "huggingface_trainer": (1, 2, "--out=runs/uninterrupted"),
@@ -48,7 +54,7 @@ def run(name, folder, *options):
     needed = FRAMEWORKS.get(name)
     if needed is not None and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed; the extra recipes has it")
-    if name in ("ddp", "fsdp2"):
+    if name in ("ddp", "fsdp2", "fsdp2_linear_logits"):
         return processes.both(printed, name, folder, options)[0]
     return processes.call(printed, name, folder, options)
 

@@ -17,6 +17,9 @@ ALPHA = 0.6  # weight of the hard label in distillation (sec. 7.1)
 BETA_ALPHA = 0.4  # least share of the label in Beta smoothing
 
 
+RESTS = ("renormalised", "uniform", "bucket")  # where the mass of classes goes that were not recorded
+
+
 @dataclass(frozen=True)
 class Method:
     """A criterion by name, with every option that decides what it computes."""
@@ -81,6 +84,11 @@ def self_distillation(
     """
     options = {"alpha": alpha, "scale_student": scale_student, "prune": prune}
     return Method("self-distillation", {"temperature": temperature or matched(true_class), **options})
+
+
+def recorded_distillation(k: int, rest: str, *, alpha: float = ALPHA) -> Method:
+    """Distillation (Eq. 3) from the k largest logits of the teacher, with one of ``RESTS`` for all other classes."""
+    return Method("recorded distillation", {"k": k, "rest": rest, "alpha": alpha, "temperature": matched()})
 
 
 def average_distillation(alpha: float, *, ema_decay: float, temperature: float = 1.0) -> Method:
@@ -185,6 +193,28 @@ def _make_self_distillation(
     return criterion.attach(task.model, teacher=task.teacher)
 
 
+class RecordedDistillation(softlabels.SelfDistillationLoss):
+    """Asks the attached teacher, and forgets all but the top of each row."""
+
+    def __init__(self, k: int, rest: str, *, alpha: float, temperature: float) -> None:
+        super().__init__(alpha=alpha, temperature=temperature)
+        self.k, self.rest = k, rest
+
+    def ask_teacher(self, input: Any, given: str) -> Any:
+        """The top of the teacher's logits."""
+        logits = super().ask_teacher(input, given)
+        if self.rest == "renormalised":
+            return softlabels.TopKLogits.of(logits, min(self.k, logits.shape[1]))
+        return softlabels.TopKLogits.of(
+            logits, min(self.k, logits.shape[1]), temperature=self.temperature, tail=self.rest
+        )
+
+
+def _make_recorded_distillation(task: Task, k: int, rest: str, alpha: float, temperature: Temperature) -> nn.Module:
+    criterion = RecordedDistillation(k, rest, alpha=alpha, temperature=find_temperature(task, alpha, temperature))
+    return criterion.attach(task.model, teacher=task.teacher)
+
+
 def _make_average_distillation(task: Task, alpha: float, temperature: float, ema_decay: float) -> nn.Module:
     criterion = softlabels.SelfDistillationLoss(alpha=alpha, temperature=temperature)
     return criterion.attach(task.model, teacher=softlabels.EMATeacher(task.model, decay=ema_decay))
@@ -207,6 +237,7 @@ CRITERIA: dict[str, Callable[..., nn.Module]] = {
     "label smoothing": _make_label_smoothing,
     "Beta smoothing": _make_beta_smoothing,
     "self-distillation": _make_self_distillation,
+    "recorded distillation": _make_recorded_distillation,
     "instance Dirichlet MAP": _make_dirichlet_map,
     "distillation from the average": _make_average_distillation,
     "online label smoothing": lambda task, alpha: rivals.OnlineLabelSmoothing(alpha, task.num_classes),

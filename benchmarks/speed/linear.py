@@ -17,6 +17,7 @@ from softlabels import LinearLogits, TopKLogits, functional, tuning
 
 TITLE = "A linear layer and its loss"
 SHAPES = ("2048x512x32000", "1024x1024x128256", "4096x256x8000")
+KINDS = ("labels", "teacher")
 ALPHA, TEMPERATURE, TOP = 0.6, 4.0, 50
 MALLOC = "system"
 
@@ -26,6 +27,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NxDxK", help="rows x width x classes")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="whose losses")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the layer")
     parser.add_argument("--rounds", type=int, default=7, help="repetitions")
 
@@ -53,8 +55,9 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
         hidden = torch.randn(rows, width, device=options.device).to(dtype).requires_grad_()
         weight = (torch.randn(classes, width, device=options.device) / width**0.5).to(dtype).requires_grad_()
         target = torch.randint(classes, (rows,), device=options.device)
-        results[f"{shape}, labels"] = _measure(label_losses(target), hidden, weight, options)
-        results[f"{shape}, a teacher"] = _measure(teacher_losses(target, hidden, weight), hidden, weight, options)
+        for kind in options.kinds:
+            losses = label_losses(target) if kind == "labels" else teacher_losses(target, hidden, weight)
+            results[f"{shape}, {kind}"] = _measure(losses, hidden, weight, options)
     return results
 
 
@@ -78,7 +81,10 @@ def label_losses(target: Tensor) -> dict[str, Loss]:
         ),
     }
     if hasattr(F, "linear_cross_entropy"):
-        losses["F.linear_cross_entropy, hard labels"] = lambda h, w: F.linear_cross_entropy(h, w, target)
+        chunks = torch.nn.LinearCrossEntropyOptions()  # without options it computes all logits
+        losses["F.linear_cross_entropy in chunks, hard labels"] = lambda h, w: F.linear_cross_entropy(
+            h, w, target, options=chunks
+        )
     if target.is_cuda and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
@@ -124,7 +130,7 @@ def _measure(
 
     gradients = (hidden.numel() + weight.numel()) * weight.element_size() / 2**20
     runs: dict[str, Run] = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
-    rows = compare(runs, options.rounds, options.device, warmup=1)
+    rows = compare(runs, options.rounds, options.device, warmup=0)
     return {
         name: dataclasses.replace(
             row,

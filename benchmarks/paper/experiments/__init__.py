@@ -16,6 +16,7 @@ from benchmarks.paper.experiments import (
     spread,
     student_scaling,
     temperature,
+    top_k,
     train_size,
     tuned,
     weight_decay,
@@ -37,4 +38,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "spread": spread.EXPERIMENT,
     "ema-window": ema_window.EXPERIMENT,
     "label-noise": label_noise.EXPERIMENT,
+    "top-k": top_k.EXPERIMENT,
 }

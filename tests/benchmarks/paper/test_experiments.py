@@ -130,6 +130,7 @@ CLAIMS = {
         *("S5", "S5 LS", "S5 Beta", "S5 SD", "S6", "rivals"),
     ],
     "ema-window": ["window, short", "window, long"],
+    "top-k": [f"top {k}, {rest}" for k in (1, 2) for rest in ("uniform", "bucket")],
     "label-noise": ["S7 20%", "S7 20%, specialist", "S7 40%", "S7 40%, specialist"],
 }
 
