@@ -5,15 +5,16 @@ tensors are (N,) or (N, d1, ...). Nothing here knows of losses or papers.
 """
 
 from softlabels.kernels.backend import backend, get_backend, set_backend
-from softlabels.kernels.dispatch import cross_entropy, statistics
+from softlabels.kernels.dispatch import cross_entropy, fused, fuses, statistics
 from softlabels.kernels.formula import confidence_penalty
-from softlabels.kernels.ordering import ranked_amounts, uniforms, unranked_amounts
+from softlabels.kernels.ordering import COUNTED, counted_amounts, ranked_amounts, uniforms, unranked_amounts
 from softlabels.kernels.reading import break_graph, can_check, can_read, check_when_run, least_and_greatest, peek
 from softlabels.kernels.soft_label import Amount, Even, Given, Label, Prediction, SoftLabel, Term, working_dtype
 from softlabels.kernels.spread import Spread
 from softlabels.kernels.statistics import Statistics
 
 __all__ = [
+    "COUNTED",
     "Amount",
     "Even",
     "Given",
@@ -29,7 +30,10 @@ __all__ = [
     "can_read",
     "check_when_run",
     "confidence_penalty",
+    "counted_amounts",
     "cross_entropy",
+    "fused",
+    "fuses",
     "get_backend",
     "least_and_greatest",
     "peek",
