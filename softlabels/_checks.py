@@ -10,17 +10,24 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from softlabels._reading import can_check, can_read, check_when_run, peek
 
-if TYPE_CHECKING:
-    from softlabels.kernels import LinearLogits, TopKLogits
-
 REDUCTIONS = ("none", "mean", "sum")
+
+
+class Logits(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 def check_reduction(value: object) -> str:
@@ -119,13 +126,13 @@ def check_class_weight(weight: Tensor | None, num_classes: int | None = None) ->
         raise RuntimeError(f"weight must have {wanted}, got shape {tuple(weight.shape)}")
 
 
-def check_device(name: str, value: Tensor | LinearLogits | TopKLogits, input: Tensor | LinearLogits) -> None:
+def check_device(name: str, value: Logits, input: Logits) -> None:
     """A tensor argument lies where the logits lie."""
     if value.device != input.device:
         raise RuntimeError(f"{name} is on {value.device} but input is on {input.device}; move one of them")
 
 
-def check_like_rows(name: str, value: Tensor, input: Tensor | LinearLogits, row_shape: torch.Size) -> None:
+def check_like_rows(name: str, value: Tensor, input: Logits, row_shape: torch.Size) -> None:
     """A row-shaped argument (sample_weight, confidence) is a real tensor with one number per row."""
     check_tensor(name, value)
     check_device(name, value, input)
@@ -138,7 +145,7 @@ def check_like_rows(name: str, value: Tensor, input: Tensor | LinearLogits, row_
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
-def check_like_logits(name: str, value: Tensor, input: Tensor | LinearLogits) -> None:
+def check_like_logits(name: str, value: Tensor, input: Logits) -> None:
     """A floating tensor (teacher_logits, spread) is shaped like the logits."""
     check_tensor(name, value)
     check_device(name, value, input)
@@ -161,6 +168,12 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
     """The target holds class indices per row, or class probabilities in the shape of the logits."""
     check_tensor("target", target)
     check_device("target", target, input)
+    if type(input) is not Tensor and hasattr(input, "full_tensor") and not hasattr(target, "full_tensor"):
+        raise TypeError(
+            "input is a DTensor, and target a plain tensor: of logits that are sharded over the batch pass "
+            "input.to_local(), with the target of these rows; of logits that are sharded over classes, pass "
+            "input.full_tensor()"
+        )
     if target.dtype == torch.int64 and input.dim() == 2 and target.dim() == 1 and target.shape[0] == input.shape[0]:
         return  # without the messages below, as almost always
     shapes = f"for input of shape {tuple(input.shape)}, got shape {tuple(target.shape)}"

@@ -166,6 +166,76 @@ class Rows:
         return torch.where(divisor == 0, 0.0, weight / torch.where(divisor == 0, 1.0, divisor))
 
 
+@dataclass
+class LinearRows(Rows):
+    """Checked arguments of one call, all rows in one dimension."""
+
+    logits: LinearLogits  # type: ignore[assignment]  # (N, K)
+    callers: LinearLogits  # (..., K)
+
+    @property
+    def row_shape(self) -> torch.Size:
+        """The caller's."""
+        return self.callers.shape[:-1]
+
+    @property
+    def _callers_logits(self) -> LinearLogits:  # type: ignore[override]
+        return self.callers
+
+    def row_argument(self, name: str, value: Tensor) -> Tensor:
+        """Check an argument that has one value per row of the caller and bring it to (N,)."""
+        _checks.check_like_rows(name, value, self.callers, self.row_shape)
+        return value.flatten() if value.dim() else value.unsqueeze(0)
+
+    def teacher_argument(
+        self, teacher_logits: Tensor | LinearLogits | TopKLogits, *, check: bool = True
+    ) -> Tensor | LinearLogits | TopKLogits:
+        """Check teacher logits (..., K), if they are the caller's, and bring them to (N, K) without their graph."""
+        if check:
+            _logits.check_teacher(teacher_logits, self.callers, self.callers.shape)
+        if isinstance(teacher_logits, LinearLogits):
+            return teacher_logits.detach().flat()
+        if isinstance(teacher_logits, TopKLogits):
+            return teacher_logits.rows(self.target.shape)
+        teacher_logits = teacher_logits.detach().reshape(-1, self.num_classes)
+        if check:
+            _checks.warn_of_probabilities(teacher_logits)
+        return teacher_logits
+
+    def spread_argument(self, spread: Tensor) -> Tensor:
+        """Check the caller's spread (..., K) and bring it to (N, K) without its graph."""
+        return super().spread_argument(spread).reshape(-1, self.num_classes)
+
+    def over(self, temperature: float) -> LinearRows:
+        """The same with the logits over a temperature."""
+        layer = self.logits
+        bias = None if layer.bias is None else layer.bias / temperature
+        return replace(self, logits=replace(layer, hidden=layer.hidden / temperature, bias=bias))
+
+    def statistics(self) -> None:
+        """They would cost a pass over the blocks, as what is made of them does."""
+
+    def prediction(
+        self,
+        amount: Amount,
+        teacher_logits: Tensor | LinearLogits | TopKLogits,
+        temperature: float,
+        keep: int | None = None,
+        shift: float = 0.0,
+    ) -> kernels.Term:
+        """An amount of a teacher's prediction."""
+        if isinstance(teacher_logits, LinearLogits):
+            layer = teacher_logits
+            return kernels.LinearPrediction(
+                amount, layer.hidden, layer.weight, layer.bias, temperature, keep, shift, class_weight=self.class_weight
+            )
+        return super().prediction(amount, teacher_logits, temperature, keep, shift)
+
+    def finish(self, loss: Tensor) -> Tensor:
+        """The loss in the caller's shape."""
+        return loss.reshape(self.row_shape) if self.reduction == "none" else loss
+
+
 def _present(terms: Sequence[kernels.Term]) -> list[kernels.Term]:
     """The terms that add something."""
     return [term for term in terms if not term.is_absent]
@@ -195,9 +265,7 @@ def prepare(
     reduction = _checks.check_reduction(reduction)
     ignore_index = _checks.check_ignore_index(ignore_index)
     if isinstance(input, LinearLogits):
-        from softlabels.functional import _linear  # whose rows are a kind of these
-
-        return _linear.prepare(input, target, weight, sample_weight, ignore_index, reduction)
+        return _prepare_linear(input, target, weight, sample_weight, ignore_index, reduction)
     _checks.check_input(input)
     if counts and isinstance(target, Tensor) and target.shape == input.shape and not target.is_complex():
         target = target.to(kernels.working_dtype(input))
@@ -216,7 +284,7 @@ def prepare(
     else:
         if target.dtype != torch.int64 or target.dim() != max(input.dim() - 1, 0):
             target = target.reshape(input.shape[:1] + input.shape[2:] if not single else ()).long()
-        target, kept = labels(target, num_classes, ignore_index)
+        target, kept = _labels(target, num_classes, ignore_index)
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
         kept = None if kept is None else kept.unsqueeze(0)
@@ -226,7 +294,7 @@ def prepare(
     return replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
 
 
-def labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+def _labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
     """Class indices with ignored ones replaced by 0, and which rows are kept: None where that is known to be all.
 
     A label that no class has is an IndexError where labels can be read for nothing; a compiled program checks them
@@ -241,3 +309,25 @@ def labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor,
     if ends is None or ends[0] < 0 or ends[1] >= num_classes:
         _checks.check_labels(target, num_classes, " or ignore_index")
     return target, kept
+
+
+def _prepare_linear(
+    input: LinearLogits,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> LinearRows:
+    """`prepare` of arguments whose rows are the leading dimensions of the layer's input."""
+    _logits.check_labels(input, target)
+    logits, dtype = input.flat(), kernels.working_dtype(input.hidden)
+    if weight is not None:
+        _checks.check_class_weight(weight, input.shape[-1])
+        _checks.check_device("weight", weight, input)
+        weight = weight.to(dtype)
+    labels, kept = _labels(target.reshape(-1).long(), input.shape[-1], ignore_index)
+    rows = LinearRows(logits, labels, kept, weight, None, reduction, False, input)
+    if sample_weight is None:
+        return rows
+    return replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))

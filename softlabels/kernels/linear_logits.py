@@ -35,8 +35,8 @@ class LinearLogits:
         hidden: Input of the layer, (..., D), any floating dtype.
         weight: (K, D), in the dtype of ``hidden``.
         bias: (K,), or None.
-        block: How many rows are worked on together; None chooses by K and the device: 4 million logits on a CPU, 64
-            million elsewhere, and no fewer than 128 rows.
+        block: How many rows are worked on together; None chooses by K and the device: 8 million logits on a CPU, 64
+            million elsewhere, and no fewer than 256 rows.
 
     Raises:
         ValueError: shapes do not match, or ``block`` is no whole number of at least 1.
@@ -80,6 +80,9 @@ class LinearLogits:
             cast = torch.get_autocast_dtype(kind)
             self.hidden, self.weight = self.hidden.to(cast), self.weight.to(cast)
             self.bias = None if self.bias is None else self.bias.to(cast)
+        # Views: a parameter may be given other values later, and DistributedDataParallel sees what has a graph.
+        self.weight = self.weight.view_as(self.weight)
+        self.bias = None if self.bias is None else self.bias.view_as(self.bias)
         for name, tensor in {"weight": self.weight, "bias": self.bias}.items():
             if tensor is not None and tensor.dtype != self.hidden.dtype:
                 raise TypeError(

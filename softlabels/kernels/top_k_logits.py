@@ -29,7 +29,7 @@ class TopKLogits:
 
     - ``"uniform"``: evenly to the other classes. For the MAP loss with $\gamma \ne 1$, too.
     - ``"bucket"``: nowhere in particular. The others are one category, and the student is told how much it gets:
-      their part of the loss is $-r \log P$ with $P = \sum_{c\ \mathrm{other}} p_c$. Its gradient is that of a soft
+      their part of the loss is $-r \log P$ with $P = \sum_{c\ \mathrm{other}} p_c$, and its gradient that of a soft
       label whose rest follows the student's own prediction, $t_c = r\, p_c / P$.
 
     Without ``log_normalizer`` $q$ is the softmax of the top alone and $r = 0$: the student learns that nothing else is

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from softlabels import _checks
-from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, laid_out_as, local
+from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, is_sharded, laid_out_as, local
 from softlabels.teachers.steps import Steps
-from softlabels.teachers.structures import check_model, unwrap
+from softlabels.teachers.structures import check_model, copied_layers, unwrap
 
 AVERAGES, STATISTICS = "averages/", "statistics/"  # in a checkpoint
 COUNTERS = ("num_updates", "num_passes")
@@ -245,7 +245,9 @@ class EMATeacher(nn.Module):
         self._runs = True  # and what the model calls of itself with grad is no training pass
         try:
             with averaged(found, averages, statistics, training, self._num_passes - 1):
-                return model(*args, **kwargs)
+                result = model(*args, **kwargs)
+                sharded = any(is_sharded(parameter) for parameter in found.parameters.values())
+                return copied_layers(result) if sharded else result
         finally:
             self._runs = False
 

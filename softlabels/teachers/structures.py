@@ -40,6 +40,13 @@ def rebuilt(value: Any, change: Callable[[Tensor], Tensor], depth: int = DEPTH) 
     return new
 
 
+def copied_layers(value: Any) -> Any:
+    """What a model returned, where its LinearLogits hold copies, since FSDP2 takes back the memory of parameters."""
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    inside = any(isinstance(item, LinearLogits) for item in (value, *items, *getattr(value, "__dict__", {}).values()))
+    return rebuilt(value, lambda tensor: tensor.detach().clone()) if inside else value
+
+
 def find_logits(result: Any, output: Output) -> Any:
     """Logits in what a model returned; whatever stands there.
 
