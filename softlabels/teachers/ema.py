@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from softlabels import _checks
+from softlabels.kernels import LinearLogits
 from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, is_sharded, laid_out_as, local, own_randomness
 from softlabels.teachers.steps import Steps
-from softlabels.teachers.structures import check_model, copied_layers, unwrap
+from softlabels.teachers.structures import check_model, copied_layers, find_logits, unwrap
 
 AVERAGES, STATISTICS = "averages/", "statistics/"  # in a checkpoint
 PATIENCE = 100  # passes after which an accelerator is asked whether the average is lost
@@ -249,9 +250,12 @@ class EMATeacher(nn.Module):
                 with averaged(found, averages, statistics, training):
                     result = model(*args, **kwargs)
                     sharded = any(is_sharded(parameter) for parameter in found.parameters.values())
-                    return copied_layers(result) if sharded else result
+                    result = copied_layers(result) if sharded else result
             finally:
                 self._runs = False
+        if sharded and hasattr(type(model), "unshard") and isinstance(find_logits(result, None), LinearLogits):
+            model.unshard()  # type: ignore[operator]  # the loss still needs the layer of the model's own pass
+        return result
 
     def is_lost(self, logits: Tensor) -> bool:
         """Whether averages have become NaN or infinite, and the weights not, since somebody put them back by hand.
