@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 
 import torch
 
@@ -15,18 +15,43 @@ PRELOADED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "sklearn.datase
 
 def call(function, *args, **environment):
     """What the function returns in a process of its own, which has these variables in its environment."""
+    return _answers([_start(function, args, environment)])[0]
+
+
+def both(function, *args):
+    """What the function returns in each of two processes, whose environment is that of torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return _answers([_start(function, args, {**address, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"])
+
+
+def _start(function, args, environment):
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, args, environment))
     process.start()
     sender.close()
+    return process, receiver
+
+
+def _answers(started):
+    """What each process sends; where one fails, the others, which may wait for it, are ended."""
+    values = {}
     try:
-        value, error = receiver.recv()
-    except EOFError:
-        value, error = None, "it ended without an answer"
-    process.join()
-    assert error is None, error
-    return value
+        while len(values) < len(started):
+            for receiver in wait([receiver for _, receiver in started if receiver not in values]):
+                values[receiver], error = receiver.recv()
+                assert error is None, error
+    except BaseException:
+        for process, _ in started:
+            process.terminate()
+        raise
+    finally:
+        for process, _ in started:
+            process.join()
+    return [values[receiver] for _, receiver in started]
 
 
 def _context():
@@ -45,17 +70,6 @@ def _answer(sender, function, args, environment):
     except BaseException:
         answer = None, traceback.format_exc()
     sender.send(answer)
-
-
-def both(function, *args):
-    """What the function returns in each of two processes, whose environment is that of torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    with ThreadPoolExecutor(2) as threads:
-        started = [threads.submit(call, function, *args, **address, RANK=r, LOCAL_RANK=r) for r in "01"]
-        return [each.result() for each in started]
 
 
 def spawn(worker, *args):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,6 @@ from softlabels.teachers.structures import (
     check_model,
     like_parameters,
     outputs,
-    rows_of,
     unwrap,
 )
 
@@ -91,10 +91,12 @@ class AttachableLoss(SoftLabelLoss):
             >>> loss = criterion(model(torch.randn(8, 4)), torch.randint(3, (8,)))
             >>> loss.backward()
         """
-        options = (optimizer, teacher, output, teacher_inputs)
+        steps = hasattr(optimizer, "step")
+        options = (weakref.ref(optimizer) if steps else optimizer, teacher, output, teacher_inputs)
         if self._passes is not None and (attached := self._passes.model()) is not None:
-            given = zip(options, self._passes.options, strict=True)
-            if attached is model and all(new is None or new is old for new, old in given):
+            if attached is model and all(
+                new in (None, old) for new, old in zip(options, self._passes.options, strict=True)
+            ):
                 return self
             raise RuntimeError("this loss is attached already; call detach() first")
         self.detach()
@@ -102,6 +104,11 @@ class AttachableLoss(SoftLabelLoss):
         if any(module is self for module in model.modules()):
             raise ValueError(
                 f"{type(self).__name__} is itself a part of the model; attach it to the submodule that makes the logits"
+            )
+        if not (steps or optimizer is None or optimizer is False):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; or False, if you call "
+                "criterion.teacher.update() yourself"
             )
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher must be a torch.nn.Module, got {type(teacher).__name__}")
@@ -114,7 +121,7 @@ class AttachableLoss(SoftLabelLoss):
             followed = self._add_teacher(model, teacher, optimizer)
         else:
             warnings.warn(f"{self!r} needs no teacher, so attach keeps no average", stacklevel=2)
-        self._passes, self._is_copy = Passes(model, options, followed), False
+        self._passes, self._is_copy = Passes(model, options, followed, getattr(self, "teacher", None)), False
         return self
 
     def detach(self) -> Self:
@@ -134,6 +141,11 @@ class AttachableLoss(SoftLabelLoss):
     def attached(self) -> bool:
         """Whether the loss is attached to a model; copies and pickles of it are not."""
         return self._passes is not None
+
+    @property
+    def is_first_answer(self) -> bool:
+        """Whether the attached teacher has been asked once, and so is looked at more closely."""
+        return self._passes is not None and self._passes.answers == 1
 
     @property
     def needs_teacher(self) -> bool:
@@ -196,8 +208,10 @@ class AttachableLoss(SoftLabelLoss):
     def _ask(self, passes: Passes, input: Logits, given: str) -> Logits:
         """What the teacher says of the pass that these logits came from."""
         model = passes.model()
-        if not hasattr(self, "teacher") and model is not None:  # a loss that had needed none
-            passes.followed = self._add_teacher(model, None, passes.options[0])
+        if passes.teacher is None and model is not None:  # a loss that had needed none
+            optimizer = passes.options[0]
+            passes.followed = self._add_teacher(model, None, optimizer and optimizer())
+            passes.teacher = self.teacher
         found = passes.find(input)
         if found is None:
             raise RuntimeError(
@@ -210,6 +224,7 @@ class AttachableLoss(SoftLabelLoss):
         seen, position, way, shape = found
         if not seen.answers:
             seen.answers = self._answers(seen, passes)
+            passes.answers += 1
             seen.args, seen.kwargs, seen.versions = (), {}, []
         answer = seen.answers.get(LOGITS if passes.computes else position)
         if answer is None:
@@ -228,7 +243,7 @@ class AttachableLoss(SoftLabelLoss):
     def _answers(self, seen: Pass, passes: Passes) -> dict[int, Logits]:
         """Run the teacher on the inputs of a pass: its logits, and where the model marks others, those outputs."""
         _, _, output, teacher_inputs = passes.options
-        teacher, model = self.teacher, passes.model()
+        teacher, model = passes.teacher, passes.model()
         if seen.training is None:
             seen.training = passes.begin()  # which a compiled hook does not
         args, kwargs = seen.arguments(caches=teacher_inputs is not None)
@@ -253,9 +268,6 @@ class AttachableLoss(SoftLabelLoss):
                 f"no logits found in the teacher's output of type {type(result).__name__} with output={output!r}; say "
                 "where they are with attach(..., output=...): a key, an index, or a function of the output"
             )
-        if isinstance(teacher, EMATeacher) and teacher.is_lost(rows_of(answers[LOGITS])):
-            teacher.restart()
-            return self._answers(seen, passes)
         return answers
 
     def _warn_missing(self, what: str, consequence: str) -> None:

@@ -223,7 +223,7 @@ class BetaSmoothingLoss(AttachableLoss):
         if confidence is not None:
             confidence = rows.row_argument("confidence", confidence)
         elif self.ranking == "ema":
-            predicted = rows.teacher_argument(self.ask_teacher(input, "confidence"), check=False)
+            predicted = rows.teacher_argument(self.ask_teacher(input, "confidence"), check=self.is_first_answer)
             confidence = log_odds(predicted, rows.target, self.rank_by, counted=rows.counted)
         elif self.ranking == "none":
             mean = True

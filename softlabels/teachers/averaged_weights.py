@@ -66,7 +66,7 @@ class Parts:
 
 @contextlib.contextmanager
 def averaged(
-    found: Parts, averages: dict[str, Tensor], statistics: dict[str, Tensor], training: set[int] | None
+    found: Parts, averages: dict[str, Tensor], statistics: dict[str, Tensor], training: set[int] | None, stream: int
 ) -> Iterator[None]:
     """Let a model be run with other weights: grad must be disabled.
 
@@ -75,6 +75,7 @@ def averaged(
         averages: Values by parameter name, of any dtype; the other parameters stay as they are.
         statistics: The teacher's own running statistics by name, which the pass may change.
         training: The modules that are in training mode, by id; None: as they are.
+        stream: The number of its random stream; torch's generators are left as they were.
     """
     attributes = [module.__dict__ for module in found.modules.values()]
     noted = [(held, held.copy()) for own in attributes for held in (own, *own.values()) if type(held) in CONTAINERS]
@@ -82,8 +83,12 @@ def averaged(
     sharded = [(local(p.data), local(p.data).clone(), local(average)) for p, average in exchanged if is_sharded(p)]
     whole = [(p, p.data, average) for p, average in exchanged if not is_sharded(p)]
     cast = [p for p in found.parameters.values() if p.requires_grad and not is_sharded(p)] if _autocasts() else []
+    states = [(generator, generator.get_state()) for generator in _generators(found.parameters.values())]
+    seed = torch.initial_seed() ^ (0x5EED << 32 | stream)
     caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
+        for generator, _ in states:
+            generator.manual_seed(seed)
         if training is not None:
             for own, module in zip(attributes, found.modules.values(), strict=True):
                 own["training"] = id(module) in training
@@ -95,7 +100,8 @@ def averaged(
         for parameter, value, average in whole:
             parameter.data = average if average.dtype is value.dtype else average.to(value.dtype)
         yield
-        statistics.update({name: now for name, now in found.statistics().items() if name in statistics})
+        now = found.statistics()
+        statistics.update({name: now[name].to(tensor.dtype) for name, tensor in statistics.items() if name in now})
     finally:
         found.reshard()
         parametrize._cache_enabled = caching
@@ -106,6 +112,8 @@ def averaged(
         for parameter in cast:
             parameter.requires_grad = True
         _put_back(noted)
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _autocasts() -> bool:
@@ -162,21 +170,12 @@ def laid_out_as(tensor: Any, like: Any) -> Tensor:
     return whole.to(like.device)  # type: ignore[no-any-return]
 
 
-@contextlib.contextmanager
-def own_randomness(parameters: Iterable[Tensor], stream: int) -> Iterator[None]:
-    """Draw from a random stream of one's own, and leave torch's generators as they were."""
+def _generators(parameters: Iterable[Tensor]) -> list[torch.Generator]:
+    """Torch's own, for the CPU and for each accelerator that is in use."""
     generators = [torch.default_generator]
     for device in {parameter.device for parameter in parameters} if torch.accelerator.is_available() else ():
         if device.type not in ("cpu", "meta"):
             backend: Any = torch.get_device_module(device)
             mps = device.type == "mps"
             generators.append(backend._get_default_mps_generator() if mps else backend.default_generators[device.index])
-    states = [generator.get_state() for generator in generators]
-    seed = torch.initial_seed() ^ (0x5EED << 32 | stream)
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    return generators

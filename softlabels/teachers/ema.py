@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from softlabels import _checks
 from softlabels.kernels import LinearLogits
-from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, is_sharded, laid_out_as, local, own_randomness
+from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, is_sharded, laid_out_as, local
 from softlabels.teachers.steps import Steps
 from softlabels.teachers.structures import check_model, copied_layers, find_logits, unwrap
 
 AVERAGES, STATISTICS = "averages/", "statistics/"  # in a checkpoint
-PATIENCE = 100  # passes after which an accelerator is asked whether the average is lost
 COUNTERS = ("num_updates", "num_passes")
 
 
@@ -190,7 +189,10 @@ class EMATeacher(nn.Module):
                 )
             self.restart()
         stepped = steps.taken(found, passing)
-        if stepped:
+        if steps.by_hand and self._num_updates and self._is_lost(found):
+            warnings.warn("the average of the weights is NaN, and they are not: it restarts from them", stacklevel=2)
+            self.restart()
+        elif stepped:
             self._average(found)
         if passing and self._num_updates == 0 and not (steps.begun and _alike(self._averages, found.trained())):
             check_model(source)
@@ -233,45 +235,25 @@ class EMATeacher(nn.Module):
         model = self._present()
         found = Parts(model)
         self._fit(found)
-        stream, self._num_passes = self._num_passes, self._num_passes + 1
-        averages, statistics = self._averages if self._num_updates else {}, self._statistics
-        if self.mode == "eval":
-            statistics = {}
+        averages = self._averages if self._num_updates else {}
+        if self.module is not None:
+            model, found, training = self.module, Parts(self.module), None
+            averages = {name: laid_out_as(average, found.parameters[name]) for name, average in self._averages.items()}
         if self.mode == "eval" or (training is None and not self.training):
             training = set()
-        with own_randomness(found.parameters.values(), stream):
-            if self.module is not None:
-                for key, parameter in Parts(self.module).parameters.items():
-                    if key in self._averages:
-                        local(parameter.data).copy_(local(laid_out_as(self._averages[key], parameter)))
-                return self.module(*args, **kwargs)
-            self._runs = True  # and what the model calls of itself with grad is no training pass
-            try:
-                with averaged(found, averages, statistics, training):
-                    result = model(*args, **kwargs)
-                    sharded = any(is_sharded(parameter) for parameter in found.parameters.values())
-                    result = copied_layers(result) if sharded else result
-            finally:
-                self._runs = False
+        statistics = {} if self.mode == "eval" else self._statistics
+        self._num_passes += 1
+        self._runs = True  # and what the model calls of itself with grad is no training pass
+        try:
+            with averaged(found, averages, statistics, training, self._num_passes - 1):
+                result = model(*args, **kwargs)
+                sharded = any(is_sharded(parameter) for parameter in found.parameters.values())
+                result = copied_layers(result) if sharded else result
+        finally:
+            self._runs = False
         if sharded and hasattr(type(model), "unshard") and isinstance(find_logits(result, None), LinearLogits):
             model.unshard()  # type: ignore[operator]  # the loss still needs the layer of the model's own pass
         return result
-
-    def is_lost(self, logits: Tensor) -> bool:
-        """Whether averages have become NaN or infinite, and the weights not, since somebody put them back by hand.
-
-        Asked where logits of the teacher are NaN; on an accelerator, which has to be waited for, at few passes.
-        """
-        asked = logits.is_cpu or (self._num_passes % PATIENCE == 0 and not logits.is_meta)
-        if not asked or not self._num_updates or not bool(logits.sum().isnan()):
-            return False
-        weights = [parameter for name, parameter in Parts(self._present()).parameters.items() if name in self._averages]
-        lost = all(type(weight) in PLAIN and bool(weight.isfinite().all()) for weight in weights) and not all(
-            bool(average.isfinite().all()) for average in self._averages.values()
-        )
-        if lost:
-            warnings.warn("the average of the weights is NaN, and they are not: it restarts from them", stacklevel=2)
-        return lost
 
     def averaged_model(self) -> nn.Module:
         """A copy of the model that has the averages as its weights, in eval mode: for evaluation and export.
@@ -294,7 +276,7 @@ class EMATeacher(nn.Module):
             results = [value for value in vars(module).values() if isinstance(value, Tensor)]  # have graphs: no copies
             memo.update({id(value): value.detach().clone() for value in results})
         averages = self._averages if self._num_updates else {}
-        with torch.no_grad(), averaged(Parts(model), averages, self._statistics, set()):
+        with torch.no_grad(), averaged(Parts(model), averages, self._statistics, set(), 0):
             return copy.deepcopy(model, memo)
 
     def extra_repr(self) -> str:
@@ -344,6 +326,13 @@ class EMATeacher(nn.Module):
             precise = torch.promote_types(parameter.dtype, torch.float32)
             self._averages[name] = laid_out_as(average.to(precise), parameter)
         self._fitted = self._averages, layout
+
+    def _is_lost(self, found: Parts) -> bool:
+        """Whether averages have become NaN or infinite, and the weights not, as somebody has put them back."""
+        weights = [parameter for name, parameter in found.parameters.items() if name in self._averages]
+        return all(type(p) in PLAIN and bool(p.sum().isfinite()) for p in weights) and not all(
+            bool(average.sum().isfinite()) for average in self._averages.values()
+        )
 
     @torch.no_grad()
     def _average(self, found: Parts) -> None:

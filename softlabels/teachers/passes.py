@@ -93,12 +93,19 @@ class Passes:
         model: The model, not kept alive. Of a model that calls itself the outermost pass is found, being nearest.
         options: What attach was given: optimizer, teacher, where the logits are, and the function of inputs.
         followed: EMA teachers, which take in what happened before each pass.
+        teacher: Who is asked about them.
     """
 
     def __init__(
-        self, model: nn.Module, options: tuple[Any, Any, Output, Any], followed: list[tuple[EMATeacher, Steps]]
+        self,
+        model: nn.Module,
+        options: tuple[Any, Any, Output, Any],
+        followed: list[tuple[EMATeacher, Steps]],
+        teacher: Any,
     ) -> None:
-        self.model, self.options, self.followed = weakref.ref(model), options, followed
+        self.model, self.options = weakref.ref(model), options
+        self.followed, self.teacher = followed, teacher
+        self.answers = 0
         self._output = options[2]
         self.computes = callable(self._output)  # and then the loss is given anything that is made of one pass
         self._key = object()
@@ -108,7 +115,8 @@ class Passes:
             hang(self, "before", model.register_forward_pre_hook, prepend=True, with_kwargs=True),
             hang(self, "after", model.register_forward_hook, always_call=True),
         )
-        model.__dict__.setdefault(Scriptable.NAME, Scriptable(model))
+        if type(model).__reduce__ is object.__reduce__:  # a copy of a GraphModule knows nothing of the attribute
+            model.__dict__.setdefault(Scriptable.NAME, Scriptable(model))
 
     def end(self) -> None:
         """Remove every hook and release everything."""

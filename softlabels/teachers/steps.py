@@ -44,20 +44,17 @@ class Steps:
 
     Args:
         model: The model.
-        optimizer: The optimizer whose steps count, or one that wraps it; None: all that own parameters of the model,
-            whenever they are made; False: none.
+        optimizer: The optimizer whose steps count, or one that wraps it; None, or when it is gone: all that own
+            parameters of the model, whenever they are made; False: none.
     """
 
     def __init__(self, model: nn.Module, optimizer: object = None) -> None:
-        if not (optimizer is None or optimizer is False or callable(getattr(optimizer, "step", None))):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; or False, if you call "
-                "criterion.teacher.update() yourself"
-            )
-        self._only = [weakref.ref(counting) for counting in _inside(optimizer)]
+        self._only = weakref.WeakSet(_inside(optimizer))  # and when these are gone, all
         self._known = True if optimizer is False else None  # whether an optimizer owns the weights; None: not known
         self._mine: set[int] = set()
         self._looks = 0
+        self._versions: list[int] = []
+        self.by_hand = False  # whether, at the last look, somebody else than an optimizer had written to the weights
         self.forget()
         for module in model.modules():
             hang(self, "_load", module.register_load_state_dict_post_hook)
@@ -75,7 +72,7 @@ class Steps:
 
     def note(self, optimizer: Optimizer) -> None:
         """Note a step of an optimizer, if it counts."""
-        if any(ref() is optimizer for ref in self._only) if self._only else _owns(optimizer, self._mine):
+        if optimizer in self._only if self._only else _owns(optimizer, self._mine):
             self._known, self._sample = True, None
             found_inf = getattr(optimizer, "found_inf", None)
             if found_inf is None:
@@ -98,8 +95,11 @@ class Steps:
         stepped = self._noted or (self._found_inf is not None and not bool(self._found_inf))
         self._noted, self._found_inf = False, None
         self._mine = {id(parameter) for parameter in found.parameters.values()}
+        trained = found.trained()
+        before, self._versions = self._versions, [parameter._version for parameter in trained.values()]
+        self.by_hand = not stepped and before != self._versions
         if not (stepped or self._known) and (passing or self._sample is not None):
-            stepped = self._changed(found.trained())
+            stepped = self._changed(trained)
         self._restored = self._restored and not (passing or stepped)
         return stepped
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -26,9 +27,9 @@ def rebuilt(value: Any, change: Callable[[Tensor], Tensor], depth: int = DEPTH) 
         return PackedSequence(change(value.data), value.batch_sizes, *indices)
     if isinstance(value, tuple) and depth:
         return getattr(value, "_make", type(value))([rebuilt(item, change, depth - 1) for item in value])
-    if isinstance(value, (MutableMapping, list)) and depth:
+    if isinstance(value, (MutableMapping, list, deque)) and depth:
         new = copy.copy(value)
-        for key, item in enumerate(value) if isinstance(value, list) else value.items():
+        for key, item in value.items() if isinstance(value, MutableMapping) else enumerate(value):
             new[key] = rebuilt(item, change, depth - 1)
         return new
     if depth < 3 or isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):

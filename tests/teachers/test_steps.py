@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 
@@ -722,3 +723,16 @@ def test_weights_that_are_put_back_by_hand_after_nan_restart_the_average(bad):
     assert criterion.teacher.num_updates == 4
     assert_same_parameters(criterion.teacher, by_hand)
     assert criterion.teacher.averaged_model()(batches(1)[0][0]).isfinite().all()
+
+
+def test_when_the_given_optimizer_is_gone_others_count():
+    """Made anew for a second phase, say: the average would stand still in silence."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion, by_hand = attached(model, optimizer=optimizer), MeanTeacher(model, 0.8)
+    train(model, criterion, optimizer, batches(2), by_hand.step)
+    del optimizer
+    gc.collect()
+    train(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), batches(2), by_hand.step)
+    assert criterion.teacher.num_updates == 4
+    assert_same_parameters(criterion.teacher, by_hand)
