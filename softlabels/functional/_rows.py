@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from softlabels import _checks, kernels
 from softlabels._reading import least_and_greatest
 from softlabels.functional import _logits
 from softlabels.kernels import Amount, LinearLogits, TopKLogits
+
+AnyRows = TypeVar("AnyRows", bound="Rows")
 
 NO_LABEL = -(2**63)  # ignore_index where no row can be ignored
 
@@ -27,6 +30,7 @@ class Rows:
     sample_weight: Tensor | None  # (N, d1, ...) in the working dtype
     reduction: str
     single: bool  # the caller's input was one row without a batch dimension
+    settled_weight: Tensor | None = None  # what `weight` gives, where it is known
 
     @property
     def num_classes(self) -> int:
@@ -147,23 +151,11 @@ class Rows:
         ``"mean"`` divides by the summed sample weight times, for class indices, the class weight of the label, as
         nn.CrossEntropyLoss does, except that nothing to learn from gives 0.
         """
-        weight = self.sample_weight
-        if self.kept is not None:
-            kept = self.kept.to(self.dtype)
-            weight = kept if weight is None else torch.where(self.kept, weight, 0.0)
-        if self.reduction != "mean":
-            return 1.0 if weight is None else weight
-        of_label = None
-        if self.class_weight is not None and not self.target.is_floating_point():
-            of_label = self.class_weight[self.target]
-        if weight is None and of_label is None:
-            return 1.0 / max(self.logits.shape[0] * self.logits.shape[2:].numel(), 1)
-        if weight is None:
-            assert of_label is not None
-            weight = torch.ones_like(of_label)
-        counts = weight if of_label is None else weight * of_label
-        divisor = (counts if self.kept is None else torch.where(self.kept, counts, 0.0)).sum()
-        return torch.where(divisor == 0, 0.0, weight / torch.where(divisor == 0, 1.0, divisor))
+        if self.settled_weight is not None:
+            return self.settled_weight
+        of_label = None if self.target.is_floating_point() else self.class_weight
+        number = self.logits.shape[0] * self.logits.shape[2:].numel()
+        return _weight(self.target, self.kept, self.sample_weight, of_label, self.reduction, number, self.dtype)
 
 
 @dataclass
@@ -171,7 +163,7 @@ class LinearRows(Rows):
     """Checked arguments of one call, all rows in one dimension."""
 
     logits: LinearLogits  # type: ignore[assignment]  # (N, K)
-    callers: LinearLogits  # (..., K)
+    callers: LinearLogits = field(kw_only=True)  # (..., K)
 
     @property
     def row_shape(self) -> torch.Size:
@@ -241,6 +233,31 @@ def _present(terms: Sequence[kernels.Term]) -> list[kernels.Term]:
     return [term for term in terms if not term.is_absent]
 
 
+def _weight(
+    target: Tensor,
+    kept: Tensor | None,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: str,
+    number: int,
+    dtype: torch.dtype,
+) -> Amount:
+    weight = sample_weight
+    if kept is not None:
+        weight = kept.to(dtype) if weight is None else torch.where(kept, weight, 0.0)
+    if reduction != "mean":
+        return 1.0 if weight is None else weight
+    of_label = None if class_weight is None else class_weight[target]
+    if weight is None and of_label is None:
+        return 1.0 / max(number, 1)
+    if weight is None:
+        assert of_label is not None
+        weight = torch.ones_like(of_label)
+    counts = weight if of_label is None else weight * of_label
+    divisor = (counts if kept is None else torch.where(kept, counts, 0.0)).sum()
+    return torch.where(divisor == 0, 0.0, weight / torch.where(divisor == 0, 1.0, divisor))
+
+
 def prepare(
     input: Tensor | LinearLogits,
     target: Tensor,
@@ -278,37 +295,59 @@ def prepare(
         _checks.check_class_weight(weight, num_classes)
         _checks.check_device("weight", weight, input)
         weight = weight.to(dtype)
-    kept = None
     if target.shape == input.shape:
         target = target.to(dtype)
     else:
         if target.dtype != torch.int64 or target.dim() != max(input.dim() - 1, 0):
             target = target.reshape(input.shape[:1] + input.shape[2:] if not single else ()).long()
-        target, kept = _labels(target, num_classes, ignore_index)
     if single:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
-        kept = None if kept is None else kept.unsqueeze(0)
-    rows = Rows(input, target, kept, weight, None, reduction, single)
-    if sample_weight is None:
-        return rows
-    return replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
+    rows = Rows(input, target, None, weight, None, reduction, single)
+    if sample_weight is not None:
+        rows = replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
+    return rows if target.is_floating_point() else _with_labels(rows, ignore_index)
 
 
-def _labels(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
-    """Class indices with ignored ones replaced by 0, and which rows are kept: None where that is known to be all.
+def _with_labels(rows: AnyRows, ignore_index: int) -> AnyRows:
+    """The rows with ignored labels replaced by 0, and which are kept: None where that is known to be all.
 
     A label that no class has is an IndexError where labels can be read for nothing; a compiled program checks them
     when it runs; on an accelerator the kernels' gather is a device-side assertion, as in torch.
     """
+    target = rows.target
     ends = least_and_greatest(target)
-    kept = None
-    if ends is None or ends[0] <= ignore_index <= ends[1]:
+    if ends is None:
+        target, kept, weight = kernels.fused(
+            _labels_and_weight,
+            target,
+            ignore_index,
+            rows.sample_weight,
+            rows.class_weight,
+            rows.reduction,
+            rows.dtype,
+        )
+        rows = replace(rows, target=target, kept=kept, settled_weight=weight)
+    elif ends[0] <= ignore_index <= ends[1]:
         kept = target != ignore_index
         target = target.masked_fill(~kept, 0)
-        ends = ends and least_and_greatest(target)
-    if ends is None or ends[0] < 0 or ends[1] >= num_classes:
-        _checks.check_labels(target, num_classes, " or ignore_index")
-    return target, kept
+        rows, ends = replace(rows, target=target, kept=kept), least_and_greatest(target)
+    if ends is None or ends[0] < 0 or ends[1] >= rows.num_classes:
+        _checks.check_labels(target, rows.num_classes, " or ignore_index")
+    return rows
+
+
+def _labels_and_weight(
+    target: Tensor,
+    ignore_index: int,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Amount]:
+    """The labels, which rows are kept and what each counts, all from one look at the labels."""
+    kept = target != ignore_index
+    target = target.masked_fill(~kept, 0)
+    return target, kept, _weight(target, kept, sample_weight, class_weight, reduction, target.numel(), dtype)
 
 
 def _prepare_linear(
@@ -326,8 +365,7 @@ def _prepare_linear(
         _checks.check_class_weight(weight, input.shape[-1])
         _checks.check_device("weight", weight, input)
         weight = weight.to(dtype)
-    labels, kept = _labels(target.reshape(-1).long(), input.shape[-1], ignore_index)
-    rows = LinearRows(logits, labels, kept, weight, None, reduction, False, input)
-    if sample_weight is None:
-        return rows
-    return replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
+    rows = LinearRows(logits, target.reshape(-1).long(), None, weight, None, reduction, False, callers=input)
+    if sample_weight is not None:
+        rows = replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
+    return _with_labels(rows, ignore_index)

@@ -43,7 +43,7 @@ class ClosedForm(torch.autograd.Function):
             else:
                 loss, ctx.gradient = eager.value_and_gradient(label, logits, statistics)
         else:
-            rows, known = compiled.values(label, logits) if compile else (eager.values(label, logits), ())
+            rows, known = compiled.values(label, logits, statistics) if compile else (eager.values(label, logits), ())
             loss = rows.sum() if reduce else rows
             label = label.settled()
         saved = label.tensors()
@@ -79,7 +79,7 @@ def _gradient(ctx: Any, incoming: Tensor, batched: bool) -> Tensor:
         exact = logits.detach().to(working_dtype(logits))
         return (eager.gradient(label, exact) * column(incoming)).to(logits.dtype)
     if ctx.compile and len(saved) > ctx.count:
-        return compiled.gradient(label.scaled(incoming), logits, tuple(saved[ctx.count :]))
+        return compiled.gradient(label, logits, incoming, tuple(saved[ctx.count :]))
     return eager.gradient(label.scaled(incoming), logits)
 
 

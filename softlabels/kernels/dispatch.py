@@ -19,6 +19,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +31,7 @@ from softlabels.kernels import compiled, eager, formula, linear
 from softlabels.kernels.autograd import ClosedForm, is_ready_in_forward
 from softlabels.kernels.backend import get_backend
 from softlabels.kernels.linear_logits import LinearLogits
-from softlabels.kernels.soft_label import Amount, SoftLabel, Term
+from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term
 from softlabels.kernels.statistics import Statistics, statistics_with_log_p
 
 FEW = 2**16
@@ -76,6 +79,9 @@ def cross_entropy(
         return loss if math.isfinite(total) else formula.cross_entropy(label, logits, reduce, log_p)
     if _compiles(logits):
         try:
+            if fuses(logits.detach()):
+                label = _thresholded(label)
+                tensors = label.tensors()
             return _closed_form(label, logits, True, reduce, known, tensors)
         except compiled.CompilationFailed as error:
             _go_on_uncompiled(logits, error)
@@ -109,14 +115,44 @@ def _of_linear(label: SoftLabel, logits: LinearLogits, reduce: bool) -> Tensor:
     return linear.cross_entropy(label, logits, reduce, False)
 
 
+def fused(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments) for arithmetic on row-shaped tensors, as one graph `where kernels fuse <fuses>`.
+
+    Other arguments are numbers, or constants that a graph is made for.
+    """
+    given = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if fuses(*given):
+        try:
+            return compiled.fused(function, arguments, given[0].device)
+        except compiled.CompilationFailed as error:
+            _go_on_uncompiled(given[0], error)
+    return function(*arguments)
+
+
+def fuses(*tensors: Tensor) -> bool:
+    """Whether arithmetic on these becomes one graph: on devices where kernels are compiled, without a graph."""
+    return (
+        tensors[0].device.type in COMPILED_DEVICES
+        and not is_observed()
+        and is_ordinary(*tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and _compiles(tensors[0])
+    )
+
+
 def _closed_form(
     label: SoftLabel, logits: Tensor, compile: bool, reduce: bool, known: Statistics | None, tensors: list[Tensor]
 ) -> Tensor:
     if logits.requires_grad and torch.is_grad_enabled():
         result: Tensor = ClosedForm.apply(logits, label, compile, reduce, known, *tensors)  # type: ignore[no-untyped-call]
         return result
-    rows = compiled.values(label, logits)[0] if compile else eager.values(label, logits)
+    rows = compiled.values(label, logits, known)[0] if compile else eager.values(label, logits)
     return rows.sum() if reduce else rows
+
+
+def _thresholded(label: SoftLabel) -> SoftLabel:
+    terms = [term.thresholded(fused) if isinstance(term, Prediction) else term for term in label.terms]
+    return replace(label, terms=terms)
 
 
 def _are_few(logits: Tensor) -> bool:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from softlabels._reading import break_graph, can_read
 
+COUNTED = 2**13  # rows up to which comparing each with each takes a GPU less time than to start a sort
+Amount = float | Tensor
+
 
 def uniforms(shape: torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:
     """Independent uniforms in [0, 1), in float64 where the device has it."""
@@ -55,9 +58,32 @@ def ranked_amounts(
     return unranked_amounts(most, power, ascending, dtype)
 
 
-def unranked_amounts(most: float, power: float, uniforms: Tensor, dtype: torch.dtype) -> Tensor:
+def unranked_amounts(most: Amount, power: Amount, uniforms: Tensor, dtype: torch.dtype) -> Tensor:
     """Amounts most (1 - u^power)."""
     return (most - most * uniforms**power).to(dtype)
+
+
+def counted_amounts(
+    most: Amount, power: Amount, score: Tensor, kept: Tensor | None, exponentials: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The amounts of `ranked_amounts` without a sort, for graphs that store nothing: n rows take n^2 comparisons.
+
+    The partial sums of m + 1 exponentials over their total are m ascending uniforms, whichever exponential comes
+    first. So each row has its own, and its uniform is the sum over the rows up to its own place.
+
+    The arguments are those of `ranked_amounts`, with n + 1 independent exponentials in the place of a generator.
+    """
+    scores = score.detach().flatten()
+    counted = torch.ones_like(scores, dtype=torch.bool) if kept is None else kept.flatten()
+    known = ~scores.isnan()
+    scores = scores.masked_fill(~known, -torch.inf)
+    places = torch.arange(scores.shape[0], device=scores.device)
+    equal, first = scores.unsqueeze(0) == scores.unsqueeze(1), places.unsqueeze(0) <= places.unsqueeze(1)
+    before = (scores.unsqueeze(0) < scores.unsqueeze(1)) | (equal & first)
+    own = torch.where(counted, exponentials[:-1], 0.0)
+    ascending = torch.where(before, own.unsqueeze(0), 0.0).sum(1) / (own.sum() + exponentials[-1])
+    ascending = torch.where((known & counted).any(), ascending.clamp(max=1.0), torch.nan)
+    return unranked_amounts(most, power, torch.where(counted, ascending, 0.0), dtype).view(score.shape)
 
 
 def _by_numpy(
@@ -154,6 +180,24 @@ def prune(logits: Tensor, keep: int) -> Tensor:
         room = keep - (logits > threshold).sum(1, keepdim=True)
         pruned |= level & (level.cumsum(1) > room)
     return logits.masked_fill(pruned, -torch.inf)
+
+
+def kth_largest(logits: Tensor, keep: int) -> Tensor:
+    """The smallest of the ``keep`` largest logits of each row, row-shaped; nothing of the logits' size is stored."""
+    if torch.are_deterministic_algorithms_enabled():  # which kthvalue refuses, for its indices
+        return logits.topk(keep, dim=1, sorted=False).values.amin(1)
+    return logits.kthvalue(logits.shape[1] - keep + 1, dim=1).values
+
+
+def last_kept(logits: Tensor, threshold: Tensor, keep: int) -> Tensor:
+    """The highest class index that is kept of those whose logit is the threshold, row-shaped."""
+    threshold = threshold.unsqueeze(1)
+    level = logits == threshold
+    room = keep - (logits > threshold).sum(1, keepdim=True)
+    too_many = level.sum(1, keepdim=True) > room  # asked first, so that no graph stores ranks until it knows the room
+    ranks = (level & too_many).cumsum(1, dtype=torch.int32)
+    classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, *[1] * (logits.dim() - 2))
+    return torch.where(level & (ranks <= room), classes, -1).amax(1)
 
 
 def _numbers(tensor: Tensor) -> NDArray[Any]:

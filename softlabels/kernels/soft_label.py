@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from softlabels.kernels.ordering import prune
+from softlabels.kernels.ordering import kth_largest, last_kept, prune
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,6 +53,8 @@ def product(amount: Amount, value: Tensor) -> Tensor:
 class Term:
     """What the terms share: an amount, a factor per class, and the three answers as they follow from the shares."""
 
+    facts: ClassVar[tuple[str, ...]] = ()  # fields that say what is known of the rows, row-shaped
+
     amount: Amount
     class_weight: Tensor | None = field(default=None, kw_only=True)
     _shares: Tensor | None = field(default=None, init=False, repr=False)  # of the block that the term stands for
@@ -75,6 +77,10 @@ class Term:
     def claim(self, possible: Tensor) -> Tensor:
         """The possible classes, and those that this term says are true: their share stays, and costs what it must."""
         return possible
+
+    def surveyed(self, like: Tensor, possible: Tensor) -> Self:
+        """The same, with its facts known."""
+        return self
 
     def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
         """The shares of the classes, without class weights; one for all where they are even."""
@@ -119,9 +125,14 @@ class Term:
             return self._shares
         shares = self.shares(like, possible)
         if self.class_weight is not None:
-            shares = shares * self.class_weight.view(1, -1, *[1] * (like.dim() - 2))
+            shares = shares * self._weight_of_classes(like)
         self._shares = shares if possible is None else None
         return shares
+
+    def _weight_of_classes(self, like: Tensor) -> Amount:
+        if self.class_weight is None:
+            return 1.0
+        return self.class_weight.view(1, -1, *[1] * (like.dim() - 2))
 
 
 @dataclass(eq=False)
@@ -171,7 +182,15 @@ class Label(Term):
 
 @dataclass(eq=False)
 class Even(Term):
-    """The amount, spread evenly over the possible classes of the row."""
+    """The amount, spread evenly over the possible classes of the row.
+
+    Args:
+        count: How many classes are possible, row-shaped, where it is known.
+    """
+
+    facts = ("count",)
+
+    count: Tensor | None = None
 
     @property
     def is_even(self) -> bool:
@@ -183,11 +202,31 @@ class Even(Term):
         """An amount of 0."""
         return is_zero(self.amount)
 
+    def surveyed(self, like: Tensor, possible: Tensor) -> Even:
+        """The same, with the number of possible classes known."""
+        return replace(self, count=possible.sum(1, dtype=like.dtype))
+
+    def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
+        """The amount, or its part that class weights leave."""
+        if self.count is None or possible is None:
+            return super().mass(x, possible)
+        if self.class_weight is None:
+            return self.amount
+        return self.amount / self.count * torch.where(possible, self._weight_of_classes(x), 0.0).sum(1)
+
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Tensor:
+        """amount / count times the sum of the possible classes' x_c: in the same loop as the count."""
+        if self.count is None or possible is None:
+            return super().inner(x, possible)
+        terms = x if self.class_weight is None else product(self._weight_of_classes(x), x)
+        return product(self.amount / self.count, torch.where(possible, terms, 0.0).sum(1))
+
     def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
         """amount / K; of impossible classes 0."""
         amount = column(self.amount)
         if possible is not None:
-            return torch.where(possible, amount / possible.sum(1, keepdim=True), 0.0).to(like.dtype)
+            count = possible.sum(1) if self.count is None else self.count
+            return torch.where(possible, amount / count.unsqueeze(1), 0.0).to(like.dtype)
         share = amount / max(like.shape[1], 1)
         return share if isinstance(share, Tensor) and share.dim() else like.new_zeros((1,) * like.dim()) + share
 
@@ -223,25 +262,46 @@ class Prediction(Term):
         keep: How many classes of each row keep a probability; None is all.
         shift: A number. Above 0 it goes to the possible classes alone.
         largest: The row's largest logit over the temperature, where it is known.
-        log_sum: The logarithm of the sum of exponentials above it.
+        total: The sum of the exponentials of what the others are above it.
+        threshold: In the place of ``keep``: smaller logits keep no probability, row-shaped.
+        last: Nor do logits that equal the threshold, of classes above this one.
     """
+
+    facts = ("largest", "total")
 
     logits: Tensor
     temperature: Amount = 1.0
     keep: int | None = None
     shift: Amount = 0.0
     largest: Tensor | None = None
-    log_sum: Tensor | None = None
+    total: Tensor | None = None
+    threshold: Tensor | None = None
+    last: Tensor | None = None
 
     @property
     def is_absent(self) -> bool:
         """An amount of 0, and no positive shift."""
         return is_zero(self.amount) and not isinstance(self.shift, Tensor) and self.shift <= 0.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is shifted."""
+        return is_zero(self.shift)
+
     def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
         """The amount, where nothing is shifted or weighted."""
-        plain = self.class_weight is None and is_zero(self.shift)
-        return self.amount if plain else super().mass(x, possible)
+        if self.class_weight is None and self.is_plain:
+            return self.amount
+        if self.total is None or not self.is_plain:
+            return super().mass(x, possible)
+        return self.amount * ((self.exponentials(x.dtype) * self._weight_of_classes(x)).sum(1) / self.total)
+
+    def inner(self, x: Tensor, possible: Tensor | None = None) -> Tensor:
+        """Where nothing is shifted, two sums of exponentials are enough: sum_c q_c x_c needs no q."""
+        if self.total is None or not self.is_plain:
+            return super().inner(x, possible)
+        exponentials = self.exponentials(x.dtype) * self._weight_of_classes(x)
+        return product(self.amount, product(exponentials, x).sum(1) / self.total)
 
     def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:
         """max(amount q + shift, 0)."""
@@ -254,26 +314,37 @@ class Prediction(Term):
 
     def probabilities(self, dtype: torch.dtype) -> Tensor:
         """q."""
-        scaled = self.scaled_logits(dtype)
-        if self.largest is None or self.log_sum is None:
-            return torch.softmax(scaled, 1, dtype=dtype)
-        return (scaled - self.largest.unsqueeze(1) - self.log_sum.unsqueeze(1)).exp()
+        if self.total is None:
+            return torch.softmax(self.scaled_logits(dtype), 1, dtype=dtype)
+        return self.exponentials(dtype) / self.total.unsqueeze(1)
 
-    def normalized(self, dtype: torch.dtype) -> Prediction:
-        """The same term, with the largest logit and the log-sum of each row known."""
-        scaled = self.scaled_logits(dtype)
-        largest = scaled.amax(1)
-        return replace(self, largest=largest, log_sum=(scaled - largest.unsqueeze(1)).exp().sum(1).log())
+    def surveyed(self, like: Tensor, possible: Tensor) -> Prediction:
+        """The same, with the largest logit of each row and the sum of the exponentials known."""
+        largest, total = largest_and_total(self.scaled_logits(like.dtype))
+        return replace(self, largest=largest, total=total)
 
-    def normalizers(self) -> list[Tensor]:
-        """What is known of the rows of the teacher."""
-        return [number for number in (self.largest, self.log_sum) if number is not None]
+    def exponentials(self, dtype: torch.dtype) -> Tensor:
+        """exp of the scaled logits above the largest of their row, which is known."""
+        assert self.largest is not None
+        return (self.scaled_logits(dtype) - self.largest.unsqueeze(1)).exp()
 
     def scaled_logits(self, dtype: torch.dtype) -> Tensor:
         """The kept logits over the temperature."""
         logits = self.pruned().logits.to(dtype)
+        if self.threshold is not None and self.last is not None:
+            threshold, classes = self.threshold.unsqueeze(1), torch.arange(logits.shape[1], device=logits.device)
+            after = classes.view(1, -1, *[1] * (logits.dim() - 2)) > self.last.unsqueeze(1)
+            logits = torch.where((logits < threshold) | ((logits == threshold) & after), -torch.inf, logits)
         unscaled = not isinstance(self.temperature, Tensor) and self.temperature == 1.0
         return logits if unscaled else logits / self.temperature
+
+    def thresholded(self, fused: Callable[..., Any]) -> Prediction:
+        """The same, pruned by a threshold that kernels apply as they read; ``fused`` calls functions of rows."""
+        if self.keep is None or self.keep >= self.logits.shape[1]:
+            return replace(self, keep=None)
+        threshold = kth_largest(self.logits, self.keep)
+        last = fused(last_kept, self.logits, threshold, self.keep)
+        return replace(self, keep=None, threshold=threshold, last=last)
 
     def pruned(self) -> Prediction:
         """The same term, with logits of -inf where no probability is kept."""
@@ -281,6 +352,13 @@ class Prediction(Term):
             return self
         all_kept = self.keep >= self.logits.shape[1]
         return replace(self, logits=self.logits if all_kept else prune(self.logits, self.keep), keep=None)
+
+
+def largest_and_total(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """The largest number of each row and sum_c exp(x_c - largest): in these words, Inductor takes one loop."""
+    largest = x.amax(dim, keepdim=True)
+    total = (x - largest).exp().sum(dim, keepdim=True)
+    return largest.squeeze(dim), total.squeeze(dim)
 
 
 @dataclass(eq=False)
@@ -333,6 +411,19 @@ class SoftLabel:
         for term in self.terms:
             possible = term.claim(possible)
         return possible
+
+    def surveyed(self, like: Tensor, possible: Tensor) -> SoftLabel:
+        """The same, with the facts of its terms known."""
+        return replace(self, terms=[term.surveyed(like, possible) for term in self.terms])
+
+    def facts(self) -> list[Tensor]:
+        """What its terms know of the rows, in a fixed order."""
+        return [getattr(term, name) for term in self.terms for name in term.facts]
+
+    def with_facts(self, values: Sequence[Tensor]) -> SoftLabel:
+        """The same, with these facts known."""
+        given = iter(values)
+        return replace(self, terms=[replace(t, **{name: next(given) for name in t.facts}) for t in self.terms])
 
     def dense(self, like: Tensor, factor: Amount = 1.0, possible: Tensor | None = None) -> Tensor:
         """Factor t of every class, shaped like the logits."""

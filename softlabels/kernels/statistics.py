@@ -20,12 +20,16 @@ class Statistics:
             nearly sure, it keeps the digits that a probability near 1 loses.
         softmax: Where a gradient can be written over it: softmax(x), in a tensor that belongs to nobody else.
         log_p: log_softmax(x) with its graph.
+        count: How many logits are not -inf, where a graph of an accelerator found that too.
+        below: The sum of what they are below the largest.
     """
 
     largest: Tensor
     others: Tensor
     softmax: Tensor | None = None
     log_p: Tensor | None = None
+    count: Tensor | None = None
+    below: Tensor | None = None
 
     @property
     def log_sum(self) -> Tensor:

@@ -37,10 +37,15 @@ def log_odds(
     with torch.no_grad():
         known = kernels.statistics(logits.detach()) if known is None else known
         if rank_by == "max":
-            return -known.others.log()
+            of_largest: Tensor = kernels.fused(_log_odds_of_largest, known.others)
+            return of_largest
         logits = logits.detach().to(known.largest.dtype)
         if target.is_floating_point():
             return torch.logit((target * logits.softmax(1)).sum(1))
         target = target.long().clamp(0, logits.shape[1] - 1)
         below = logits.gather(1, target.unsqueeze(1)).squeeze(1) - known.largest
         return below - (known.others - below.expm1()).log()
+
+
+def _log_odds_of_largest(others: Tensor) -> Tensor:
+    return -others.log()

@@ -47,7 +47,7 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[Graph
         on_cpu = FakeTensorMode(allow_non_fake_inputs=True)
         with on_cpu, torch.no_grad(), as_if_compiling():
             copies = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in inputs]
-            functional = torch.func.functionalize(flat, remove="mutations_and_views")
+            functional = torch.func.functionalize(flat, remove="mutations")
             graph = make_fx(functional, select_decomp_table(), tracing_mode="real")(*copies)
     move_to_gpu(graph)
     return graph, structures[-1]

@@ -78,9 +78,9 @@ def read(source: str, rows: int, classes: int) -> Program:
     wrapper = source[source.index("async_compile.wait") :] if "async_compile.wait" in source else source
     kernels = []
     for name, text in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", source, re.DOTALL):
-        kernel = _kernel(name, text, rows * classes, classes)
-        kernel.launches = len(re.findall(rf"\b{name}\.run\(", wrapper))
-        kernels.append(kernel)
+        own = kernel(name, text, rows * classes, classes)
+        own.launches = len(re.findall(rf"\b{name}\.run\(", wrapper))
+        kernels.append(own)
     others = re.findall(r"(?:torch\.ops\.(aten\.[\w.]+)|extern_kernels\.(\w+))\(", wrapper)
     allocated: Counter[str] = Counter()
     for sizes, dtype in re.findall(r"empty_strided_cuda\(\(([\d, ]*)\), \([\d, ]*\), torch\.(\w+)\)", wrapper):
@@ -89,9 +89,10 @@ def read(source: str, rows: int, classes: int) -> Program:
     return Program(kernels, [a or b for a, b in others], allocated)
 
 
-def _kernel(name: str, text: str, logits: int, classes: int) -> Kernel:
+def kernel(name: str, text: str, logits: int = 1, classes: int = 1) -> Kernel:
+    """Read one kernel."""
     signature = dict(re.findall(r"'(\w+)': '([^']+)'", re.findall(r"'signature': \{(.*?)\}", text)[0]))
-    body = text.split("@triton.jit")[1]
+    *helpers, body = text.split("@triton.jit")[1:]
     ranges = _ranges(body)
     loads, stores, loop, starts = [], [], 0, 0
     for line in body.splitlines():
@@ -109,7 +110,8 @@ def _kernel(name: str, text: str, logits: int, classes: int) -> Kernel:
             (loads if kind == "load" else stores).append(access)
     touched = Counter(access.argument for access in loads + stores)
     again = {load.argument: load.bytes for load in loads if touched[load.argument] > 1}
-    return Kernel(name, body, signature, starts, loads, stores, classes * sum(again.values()))
+    head = "".join(f"{helper.split('@triton_heuristics')[0]}@triton.jit" for helper in helpers)
+    return Kernel(name, head + body, signature, starts, loads, stores, classes * sum(again.values()))
 
 
 def _ranges(body: str) -> dict[str, int]:

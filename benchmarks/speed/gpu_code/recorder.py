@@ -201,6 +201,7 @@ def _by_hand(recorder: Recorder) -> Iterator[list[Any]]:
         mock.patch.object(dispatch, "is_ordinary", return_value=True),
         mock.patch.object(compiled, "can_compile", return_value=True),
         mock.patch.object(compiled, "_graphs", {}),
+        mock.patch.object(compiled, "_constant", compiled._constant.__wrapped__),  # keeps no fake tensors
         mock.patch.object(torch, "compile", compile),
         mock.patch.object(
             Tensor, "__invert__", lambda tensor: torch.bitwise_not(tensor)
