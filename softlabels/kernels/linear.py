@@ -21,7 +21,7 @@ from softlabels.kernels import compiled, eager, formula
 from softlabels.kernels.linear_logits import LinearLogits, rebuilt
 from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term, is_zero, working_dtype
 
-BLOCK = 2**23  # logits that are worked on together on a CPU: 32 MiB in float32, and as much for their gradient
+BLOCK = 2**22  # logits that are worked on together on a CPU: 16 MiB in float32, and as much for their gradient
 ACCELERATOR_BLOCK = 2**26
 FEWEST_ROWS = 256  # of a block, each of which goes through all weights and their gradient
 
