@@ -1,7 +1,7 @@
 """Drop-in PyTorch losses whose soft labels fit each training instance."""
 
 from softlabels import data, functional, metrics, plotting, tuning
-from softlabels.kernels.backend import backend, get_backend, set_backend
+from softlabels.kernels import LinearLogits, TopKLogits, backend, get_backend, set_backend
 from softlabels.losses import (
     BetaSmoothingLoss,
     ConfidencePenaltyLoss,
@@ -20,8 +20,10 @@ __all__ = [
     "EMATeacher",
     "InstanceDirichletMAPLoss",
     "LabelSmoothingMAPLoss",
+    "LinearLogits",
     "PrunedDistillationLoss",
     "SelfDistillationLoss",
+    "TopKLogits",
     "__version__",
     "backend",
     "data",

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softlabels.functional import _checks
-from softlabels.functional._rows import check_labels
+from softlabels import _checks
 from softlabels.metrics import _rows
 from softlabels.metrics.calibration import ReliabilityCurve
 
@@ -161,7 +160,7 @@ def soft_labels(targets: Tensor, target: Tensor, *, ax: Axes | None = None, titl
     target = target.long()
     if (target == -100).any():
         raise IndexError("target must hold the class of each row, got the ignored label -100; leave such rows out")
-    check_labels(target, targets.shape[1])
+    _checks.check_labels(target, targets.shape[1])
     total = targets.sum(1, dtype=torch.float64)
     bad = (targets.amin(1) < 0) | ~((total - 1.0).abs() < 0.01)
     if bad.any():
@@ -329,7 +328,7 @@ def hardest(criterion: BetaSmoothingLoss, n: int = 20) -> HardSamples:
     doubt, place = history.doubt[seen].sort(descending=True, stable=True)
     index = seen[place[:n]]
     past = getattr(getattr(criterion, "learned_spread", None), "past", None)
-    return HardSamples(index, doubt[:n], None if past is None else past[index].float().argmax(1))
+    return HardSamples(index, doubt[:n], None if past is None else past.likeliest(index))
 
 
 def _bars(ax: Axes, curve: ReliabilityCurve, filled: Tensor, ink: Any) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.metrics import _rows
 
 MAX_POWER = 1000  # of two, in float64: temperatures beyond make 0 or infinity of a logit

@@ -318,3 +318,35 @@ class ClassProfiles:
                     for c in range(k)
                 ]
                 self.rows[label] = [(1 - step) * a + step * b for a, b in zip(self.rows[label], means, strict=True)]
+
+
+def top_k_share(
+    values: Row, classes: Sequence[int], num_classes: int, log_normalizer: float | None, temperature: float
+) -> tuple[list[float], float]:
+    """What a recorded top says of every class, and what it leaves for those that it does not name."""
+    q = [0.0] * num_classes
+    known = softmax([v / temperature for v in values])
+    for c, v, p in zip(classes, values, known, strict=True):
+        q[c] += p if log_normalizer is None else math.exp(v / temperature - log_normalizer)
+    return q, 0.0 if log_normalizer is None else 1.0 - sum(q)
+
+
+def top_k_distillation(
+    logits: Row,
+    label: int,
+    class_weight: Row,
+    q: Row,
+    named: Sequence[int],
+    rest: float,
+    tail: str,
+    alpha: float,
+) -> float:
+    """Eq. 3 with a teacher's top: the rest goes evenly to the others, or they are one category."""
+    others = [c for c, x in enumerate(logits) if c not in named and x > -math.inf]
+    hard = soft_cross_entropy(label_mass(label, len(logits)), logits, class_weight)
+    if tail == "uniform":
+        soft = [q_c + (rest / len(others) if c in others else 0.0) for c, q_c in enumerate(q)]
+        return alpha * hard + (1 - alpha) * soft_cross_entropy(soft, logits, class_weight)
+    p = softmax(logits)
+    bucket = -rest * math.log(sum(p[c] for c in others)) if rest > 0 else 0.0
+    return alpha * hard + (1 - alpha) * (soft_cross_entropy(q, logits, class_weight) + bucket)

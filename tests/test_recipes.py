@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "recipes"
 FRAMEWORKS = {
     "huggingface_trainer": "transformers",
+    "language_model": "transformers",
+    "offline_teacher": "safetensors",
     "lightning_module": "lightning",
     "accelerate_loop": "accelerate",
     "skorch_classifier": "skorch",
@@ -26,12 +31,16 @@ LEAST_ACCURACY = {  # chance is 0.1, in huggingface_trainer 0.25; in segmentatio
     "ddp": 0.85,
     "export_average": 0.85,
     "fsdp2": 0.85,
+    "fsdp2_linear_logits": 0.85,
     "huggingface_trainer": 0.5,
+    "language_model": 0.2,
     "lightning_module": 0.85,
     "mixup": 0.9,
+    "offline_teacher": 0.2,
     "plain_pytorch": 0.85,
     "segmentation": 0.8,
     "skorch_classifier": 0.85,
+    "token_classification": 0.8,
 }
 RESUMED = {  # epochs before and after; where the state of the random numbers is saved, the result is the same
     "huggingface_trainer": (1, 2, "--out=runs/uninterrupted"),
@@ -41,17 +50,22 @@ RESUMED = {  # epochs before and after; where the state of the random numbers is
 
 
 def run(name, folder, *options):
+    """The last line that a script prints, run as it is in a process of its own, or in two."""
     needed = FRAMEWORKS.get(name)
     if needed is not None and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed; the extra recipes has it")
-    command = [sys.executable]
-    if name in ("ddp", "fsdp2"):
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command += [str(FOLDER / f"{name}.py"), *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout.splitlines()[-1]
+    if name in ("ddp", "fsdp2", "fsdp2_linear_logits"):
+        return processes.both(printed, name, folder, options)[0]
+    return processes.call(printed, name, folder, options)
+
+
+def printed(name, folder, options):
+    os.chdir(folder)
+    script = str(FOLDER / f"{name}.py")
+    sys.argv = [script, *options]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(script, run_name="__main__")
+    return (out.getvalue().splitlines() or [""])[-1]
 
 
 def test_every_recipe_is_tested_and_on_the_page():

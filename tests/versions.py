@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from softlabels._reading import TORCH
 from softlabels.kernels.compiled import OLDEST_TORCH
-from softlabels.kernels.reading import TORCH
 
 whole_graph = pytest.mark.skipif(TORCH < OLDEST_TORCH, reason="older compilers break the graph in the loss")

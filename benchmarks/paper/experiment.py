@@ -130,17 +130,18 @@ def interval(values: list[float], decimals: int) -> str:
     return f"{mean:.{decimals}f}" + ("" if math.isnan(half) else f" ± {half:.{decimals}f}")
 
 
-def metric_table(results: Results, scaled: str | None = None) -> str:
+def metric_table(results: Results, scaled: str | None = None, labels: list[str] | None = None) -> str:
     """Markdown table of means and 95% intervals on the test set.
 
     Args:
         results: The records.
         scaled: A run that is also shown after temperature scaling, if its records have that.
+        labels: The runs to show; None is all.
     """
     metrics = [metric for metric in METRICS if metric == "gap" or results.has(metric)]
     headings = [METRICS[metric][0] for metric in metrics]
     lines = ["| method | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(metrics)]
-    for label in results.labels:
+    for label in results.labels if labels is None else labels:
         cells = [cell(results, label, metric) for metric in metrics]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
         if label == scaled and results.has("nll", "scaled"):

@@ -26,21 +26,24 @@ def differences(
     labels: Sequence[str] | None = None,
     metrics: Sequence[str] = ("accuracy", "ece", "nll", "kl"),
     ink: str = "black",
+    baseline: str | None = None,
 ) -> None:
-    """Save, for each metric, how much each run differs from the first, with the 95% interval of the paired difference.
+    """Save, for each metric, how much each run differs from a baseline, with the 95% interval of the paired difference.
 
     Args:
-        results: The records; the first label is what the others are compared with.
+        results: The records.
         path: Where to; the ending decides the format. An SVG has no background.
         title: Above the figure; may be empty.
         labels: The runs to show; None is all but the first.
         metrics: The metrics to show, of those that the runs have.
         ink: Colour of text and lines.
+        baseline: What the others are compared with; None is the first run.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    baseline, labels = results.labels[0], results.labels[1:] if labels is None else labels
+    baseline = results.labels[0] if baseline is None else baseline
+    labels = results.labels[1:] if labels is None else labels
     metrics = [metric for metric in metrics if results.has(metric)]
     styles = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), ink)
     with rc_context({**styles, "svg.hashsalt": "softlabels"}):

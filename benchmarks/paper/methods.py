@@ -9,11 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 import softlabels
+from benchmarks.paper import rivals
 from softlabels import tuning
 
 TRUE_CLASS = 0.85  # average soft-label value of the true class in every smoothing method (sec. 7.1)
 ALPHA = 0.6  # weight of the hard label in distillation (sec. 7.1)
 BETA_ALPHA = 0.4  # least share of the label in Beta smoothing
+
+
+RESTS = ("renormalised", "uniform", "bucket")  # where the mass of classes goes that were not recorded
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,14 @@ def beta_smoothing(
     ranking: str = "ema",
     rank_by: str = "max",
     spread: str | tuple[str, ...] = "uniform",
+    warmup: float = 1.0,
 ) -> Method:
     """Beta smoothing (sec. 6) with the given average share of the true class."""
     options: dict[str, Any] = {"true_class": true_class, "alpha": alpha, "ranking": ranking, "rank_by": rank_by}
     if spread != "uniform":  # options that came later are left out of the keys of stored runs where they change nothing
         options["spread"] = spread
+    if warmup != 1.0:
+        options["warmup"] = warmup
     if ranking == "history":
         options["memory"] = "whole run"  # it was as long as the EMA's, before
     return Method("Beta smoothing", {**options, "ema_decay": ema_decay})
@@ -77,6 +84,31 @@ def self_distillation(
     """
     options = {"alpha": alpha, "scale_student": scale_student, "prune": prune}
     return Method("self-distillation", {"temperature": temperature or matched(true_class), **options})
+
+
+def recorded_distillation(k: int, rest: str, *, alpha: float = ALPHA) -> Method:
+    """Distillation (Eq. 3) from the k largest logits of the teacher, with one of ``RESTS`` for all other classes."""
+    return Method("recorded distillation", {"k": k, "rest": rest, "alpha": alpha, "temperature": matched()})
+
+
+def average_distillation(alpha: float, *, ema_decay: float, temperature: float = 1.0) -> Method:
+    """Distillation (Eq. 3) from the average of the network's own weights, in one run."""
+    return Method("distillation from the average", {"alpha": alpha, "temperature": temperature, "ema_decay": ema_decay})
+
+
+def online_label_smoothing(alpha: float) -> Method:
+    """Zhang et al. (2021)."""
+    return Method("online label smoothing", {"alpha": alpha})
+
+
+def progressive_distillation(alpha: float) -> Method:
+    """Progressive self-knowledge distillation (Kim et al., 2021)."""
+    return Method("progressive self-knowledge distillation", {"alpha": alpha})
+
+
+def early_learning(strength: float) -> Method:
+    """Early-learning regularisation (Liu et al., 2020)."""
+    return Method("early-learning regularisation", {"strength": strength})
 
 
 def matched(true_class: float = TRUE_CLASS) -> dict[str, float]:
@@ -130,6 +162,7 @@ def _make_beta_smoothing(
     ema_decay: float,
     spread: str | Sequence[str] = "uniform",
     memory: str = "whole run",
+    warmup: float = 1.0,
 ) -> nn.Module:
     if memory != "whole run":
         raise ValueError(f"memory must be 'whole run', got {memory!r}")
@@ -142,7 +175,9 @@ def _make_beta_smoothing(
         spread=spread if isinstance(spread, str) else tuple(spread),
         num_samples=len(task.labels) if ranking == "history" or "samples" in spread else None,
     )
-    return criterion.attach(task.model) if ranking == "ema" else criterion
+    if ranking != "ema":
+        return criterion
+    return criterion.attach(task.model, teacher=softlabels.EMATeacher(task.model, ema_decay, warmup=warmup))
 
 
 def _make_self_distillation(
@@ -156,6 +191,33 @@ def _make_self_distillation(
     else:
         criterion = softlabels.SelfDistillationLoss(alpha=alpha, temperature=temperature, scale_student=scale_student)
     return criterion.attach(task.model, teacher=task.teacher)
+
+
+class RecordedDistillation(softlabels.SelfDistillationLoss):
+    """Asks the attached teacher, and forgets all but the top of each row."""
+
+    def __init__(self, k: int, rest: str, *, alpha: float, temperature: float) -> None:
+        super().__init__(alpha=alpha, temperature=temperature)
+        self.k, self.rest = k, rest
+
+    def ask_teacher(self, input: Any, given: str) -> Any:
+        """The top of the teacher's logits."""
+        logits = super().ask_teacher(input, given)
+        if self.rest == "renormalised":
+            return softlabels.TopKLogits.of(logits, min(self.k, logits.shape[1]))
+        return softlabels.TopKLogits.of(
+            logits, min(self.k, logits.shape[1]), temperature=self.temperature, tail=self.rest
+        )
+
+
+def _make_recorded_distillation(task: Task, k: int, rest: str, alpha: float, temperature: Temperature) -> nn.Module:
+    criterion = RecordedDistillation(k, rest, alpha=alpha, temperature=find_temperature(task, alpha, temperature))
+    return criterion.attach(task.model, teacher=task.teacher)
+
+
+def _make_average_distillation(task: Task, alpha: float, temperature: float, ema_decay: float) -> nn.Module:
+    criterion = softlabels.SelfDistillationLoss(alpha=alpha, temperature=temperature)
+    return criterion.attach(task.model, teacher=softlabels.EMATeacher(task.model, decay=ema_decay))
 
 
 def _make_dirichlet_map(task: Task, sample_weighting: str, alpha: float, temperature: Temperature) -> nn.Module:
@@ -175,7 +237,16 @@ CRITERIA: dict[str, Callable[..., nn.Module]] = {
     "label smoothing": _make_label_smoothing,
     "Beta smoothing": _make_beta_smoothing,
     "self-distillation": _make_self_distillation,
+    "recorded distillation": _make_recorded_distillation,
     "instance Dirichlet MAP": _make_dirichlet_map,
+    "distillation from the average": _make_average_distillation,
+    "online label smoothing": lambda task, alpha: rivals.OnlineLabelSmoothing(alpha, task.num_classes),
+    "progressive self-knowledge distillation": lambda task, alpha: rivals.ProgressiveSelfKnowledgeDistillation(
+        alpha, len(task.labels), task.num_classes
+    ),
+    "early-learning regularisation": lambda task, strength: rivals.EarlyLearningRegularization(
+        strength, len(task.labels), task.num_classes
+    ),
 }
 
 

@@ -96,9 +96,12 @@ def train(
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, recipe.lr_factor)
     run = torch.compile(model) if recipe.compile else model
     needs_index = getattr(criterion, "num_samples", None) is not None  # which samples these are, for their own past
+    begin_epoch = getattr(criterion, "begin_epoch", None)  # of soft labels that change from epoch to epoch
     best, best_accuracy, history = copy.deepcopy(model.state_dict()), -1.0, []
     for epoch in range(recipe.epochs):
         model.train()
+        if begin_epoch is not None:
+            begin_epoch(epoch, recipe.epochs)
         order = torch.randperm(len(data.train), generator=generator).to(data.train.labels.device)
         batches = order[: len(order) // recipe.batch_size * recipe.batch_size].split(recipe.batch_size)
         total = torch.zeros((), dtype=torch.float64, device=order.device)

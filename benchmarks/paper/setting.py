@@ -38,6 +38,8 @@ class Setting:
         shares: Average shares of the true class to choose from in ``tuned``, rising.
         student_shares: Those of self-distillation, whose hard label has 0.6 of its own, and whose teacher is right on
             a part of the training set only.
+        learned_shares: Those of learned spreads in ``spread``, each with every one of ``learned_alphas``.
+        learned_alphas: Least shares of the true class there.
     """
 
     data: DataSpec
@@ -59,6 +61,8 @@ class Setting:
     true_classes: tuple[float, ...] = (0.95,)
     shares: tuple[float, ...] = (0.5, 0.65, 0.75, 0.85, 0.92, 0.98)
     student_shares: tuple[float, ...] = (0.65, 0.75, 0.85, 0.9)
+    learned_shares: tuple[float, ...] = (0.65, 0.75, 0.85)
+    learned_alphas: tuple[float, ...] = (0.2, 0.4)
 
     def __post_init__(self) -> None:
         """Check the numbers of runs and the grids."""
@@ -73,10 +77,15 @@ class Setting:
             )
         if not all(0 <= alpha < TRUE_CLASS for alpha in self.beta_alphas):
             raise ValueError(f"beta_alphas must be from 0 to below {TRUE_CLASS}, got {_listed(self.beta_alphas)}")
-        for name, low in (("shares", BETA_ALPHA), ("student_shares", ALPHA)):
+        if not self.learned_alphas or not all(0 <= alpha < 1 for alpha in self.learned_alphas):
+            raise ValueError(
+                f"learned_alphas must be 1 or more numbers from 0 to below 1, got {_listed(self.learned_alphas)}"
+            )
+        lows = {"shares": BETA_ALPHA, "student_shares": ALPHA, "learned_shares": max(self.learned_alphas)}
+        for name, low in lows.items():
             if not all(low < share < 1 for share in getattr(self, name)):
                 raise ValueError(f"{name} must be above {low} and below 1, got {_listed(getattr(self, name))}")
-        grids = {"shares": 2, "student_shares": 2}
+        grids = {"shares": 2, "student_shares": 2, "learned_shares": 1}
         grids |= {"temperatures": 3, "fractions": 2, "weight_decays": 2, "student_temperatures": 1, "prunes": 1}
         for name, least in grids.items():
             grid, got = getattr(self, name), _listed(getattr(self, name))

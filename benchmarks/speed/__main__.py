@@ -16,6 +16,7 @@ from benchmarks.speed.timing import Measurement
 
 BENCHMARKS = {
     "losses": ("benchmarks.speed.losses", "forward and backward of the losses alone, beside their peers"),
+    "linear": ("benchmarks.speed.linear", "a linear layer and its loss, with and without all logits at once"),
     "train-step": ("benchmarks.speed.train_step", "cost of a loss in a whole training step"),
     "metrics": ("benchmarks.speed.metrics", "metrics of a million predictions, beside their peers"),
     "import": ("benchmarks.speed.imports", "what importing softlabels adds to importing torch"),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
-from softlabels.kernels import Amount
+from softlabels import _checks, kernels
+from softlabels._reading import least_and_greatest
+from softlabels.functional import _logits
+from softlabels.kernels import Amount, LinearLogits, TopKLogits
 
 NO_LABEL = -(2**63)  # ignore_index where no row can be ignored
 
@@ -47,31 +48,47 @@ class Rows:
         counted = self.sample_weight != 0
         return counted if self.kept is None else counted & self.kept
 
+    @property
+    def row_shape(self) -> torch.Size:
+        """The caller's."""
+        return self.logits.shape[2:] if self.single else self.logits.shape[:1] + self.logits.shape[2:]
+
     def row_argument(self, name: str, value: Tensor) -> Tensor:
         """Check an argument that has one value per row of the caller and bring it to (N, d1, ...)."""
-        shape = self.logits.shape[2:] if self.single else self.logits.shape[:1] + self.logits.shape[2:]
-        _checks.check_like_rows(name, value, self._callers_logits, shape)
+        _checks.check_like_rows(name, value, self._callers_logits, self.row_shape)
         return value.unsqueeze(0) if self.single else value
 
-    def teacher_argument(self, teacher_logits: Tensor, *, check: bool = True) -> Tensor:
+    def teacher_argument(
+        self, teacher_logits: Tensor | LinearLogits | TopKLogits, *, check: bool = True
+    ) -> Tensor | LinearLogits | TopKLogits:
         """Check teacher logits, if they are the caller's, and bring them to (N, K, d1, ...) without their graph."""
+        if not isinstance(teacher_logits, Tensor) and isinstance(teacher_logits, LinearLogits | TopKLogits):
+            wanted = torch.Size((*self.row_shape, self.num_classes))
+            _logits.check_teacher(teacher_logits, self._callers_logits, wanted)
+            if isinstance(teacher_logits, TopKLogits):
+                return teacher_logits.rows(self.logits.shape[:1] + self.logits.shape[2:])
+            dense = teacher_logits.detach().dense()
+            return dense.unsqueeze(0) if self.single else dense.movedim(-1, 1)
         if check:
             _checks.check_like_logits("teacher_logits", teacher_logits, self._callers_logits)
-            _warn_of_probabilities(teacher_logits.unsqueeze(0) if self.single else teacher_logits)
+            _checks.warn_of_probabilities(teacher_logits.unsqueeze(0) if self.single else teacher_logits)
         return teacher_logits.detach().unsqueeze(0) if self.single else teacher_logits.detach()
 
     def spread_argument(self, spread: Tensor) -> Tensor:
         """Check the caller's spread and bring it to (N, K, d1, ...) without its graph."""
         _checks.check_like_logits("spread", spread, self._callers_logits)
-        if kernels.peek((spread < 0).any()):
-            raise ValueError(f"spread must hold numbers of at least 0, got {spread.min().item():g}")
+        _checks.check_spread(spread)
         return spread.detach().unsqueeze(0) if self.single else spread.detach()
 
     @property
     def _callers_logits(self) -> Tensor:
         return self.logits.squeeze(0) if self.single else self.logits
 
-    def statistics(self) -> kernels.Statistics:
+    def over(self, temperature: float) -> Rows:
+        """The same with the logits over a temperature."""
+        return replace(self, logits=self.logits.to(self.dtype) / temperature)
+
+    def statistics(self) -> kernels.Statistics | None:
         """What is known of the rows before their soft label."""
         return kernels.statistics(self.logits, reduce=self.reduction != "none")
 
@@ -93,9 +110,17 @@ class Rows:
         return kernels.Spread(amount, source, index, label, class_weight=self.class_weight)
 
     def prediction(
-        self, amount: Amount, teacher_logits: Tensor, temperature: float, keep: int | None = None, shift: float = 0.0
+        self,
+        amount: Amount,
+        teacher_logits: Tensor | LinearLogits | TopKLogits,
+        temperature: float,
+        keep: int | None = None,
+        shift: float = 0.0,
     ) -> kernels.Term:
         """An amount of a teacher's prediction."""
+        if isinstance(teacher_logits, TopKLogits):
+            return teacher_logits.term(amount, temperature, keep, shift, self.class_weight, self.dtype)
+        assert isinstance(teacher_logits, Tensor)
         return kernels.Prediction(amount, teacher_logits, temperature, keep, shift, class_weight=self.class_weight)
 
     def loss(self, *terms: kernels.Term, total: float | None = None, known: kernels.Statistics | None = None) -> Tensor:
@@ -131,6 +156,79 @@ class Rows:
         return _weight(self.target, self.kept, self.sample_weight, of_label, self.reduction, number, self.dtype)
 
 
+@dataclass
+class LinearRows(Rows):
+    """Checked arguments of one call, all rows in one dimension."""
+
+    logits: LinearLogits  # type: ignore[assignment]  # (N, K)
+    callers: LinearLogits = field(kw_only=True)  # (..., K)
+
+    @property
+    def row_shape(self) -> torch.Size:
+        """The caller's."""
+        return self.callers.shape[:-1]
+
+    @property
+    def _callers_logits(self) -> LinearLogits:  # type: ignore[override]
+        return self.callers
+
+    def row_argument(self, name: str, value: Tensor) -> Tensor:
+        """Check an argument that has one value per row of the caller and bring it to (N,)."""
+        _checks.check_like_rows(name, value, self.callers, self.row_shape)
+        return value.flatten() if value.dim() else value.unsqueeze(0)
+
+    def teacher_argument(
+        self, teacher_logits: Tensor | LinearLogits | TopKLogits, *, check: bool = True
+    ) -> Tensor | LinearLogits | TopKLogits:
+        """Check teacher logits (..., K), if they are the caller's, and bring them to (N, K) without their graph."""
+        if check:
+            _logits.check_teacher(teacher_logits, self.callers, self.callers.shape)
+        if isinstance(teacher_logits, LinearLogits):
+            return teacher_logits.detach().flat()
+        if isinstance(teacher_logits, TopKLogits):
+            return teacher_logits.rows(self.target.shape)
+        teacher_logits = teacher_logits.detach().reshape(-1, self.num_classes)
+        if check:
+            _checks.warn_of_probabilities(teacher_logits)
+        return teacher_logits
+
+    def spread_argument(self, spread: Tensor) -> Tensor:
+        """Check the caller's spread (..., K) and bring it to (N, K) without its graph."""
+        return super().spread_argument(spread).reshape(-1, self.num_classes)
+
+    def over(self, temperature: float) -> LinearRows:
+        """The same with the logits over a temperature."""
+        layer = self.logits
+        bias = None if layer.bias is None else layer.bias / temperature
+        return replace(self, logits=replace(layer, hidden=layer.hidden / temperature, bias=bias))
+
+    def statistics(self) -> None:
+        """They would cost a pass over the blocks, as what is made of them does."""
+
+    def prediction(
+        self,
+        amount: Amount,
+        teacher_logits: Tensor | LinearLogits | TopKLogits,
+        temperature: float,
+        keep: int | None = None,
+        shift: float = 0.0,
+    ) -> kernels.Term:
+        """An amount of a teacher's prediction."""
+        if isinstance(teacher_logits, LinearLogits):
+            layer = teacher_logits
+            return kernels.LinearPrediction(
+                amount, layer.hidden, layer.weight, layer.bias, temperature, keep, shift, class_weight=self.class_weight
+            )
+        return super().prediction(amount, teacher_logits, temperature, keep, shift)
+
+    def finish(self, loss: Tensor) -> Tensor:
+        """The loss in the caller's shape."""
+        return loss.reshape(self.row_shape) if self.reduction == "none" else loss
+
+
+AnyRows = TypeVar("AnyRows", bound=Rows)
+
+
 def _present(terms: Sequence[kernels.Term]) -> list[kernels.Term]:
     """The terms that add something."""
     return [term for term in terms if not term.is_absent]
@@ -162,7 +260,7 @@ def _weight(
 
 
 def prepare(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
@@ -174,7 +272,7 @@ def prepare(
     """Check what every loss is given and bring it into the form that the kernels take.
 
     Args:
-        input: Logits (K), (N, K) or (N, K, d1, ...).
+        input: Logits (K), (N, K) or (N, K, d1, ...), or LinearLogits.
         target: Class indices (), (N) or (N, d1, ...), or class probabilities of the shape of ``input``.
         weight: Class weights (K,), or None.
         sample_weight: One weight per row, or None.
@@ -184,10 +282,12 @@ def prepare(
     """
     reduction = _checks.check_reduction(reduction)
     ignore_index = _checks.check_ignore_index(ignore_index)
+    if isinstance(input, LinearLogits):
+        return _prepare_linear(input, target, weight, sample_weight, ignore_index, reduction)
     _checks.check_input(input)
     if counts and isinstance(target, Tensor) and target.shape == input.shape and not target.is_complex():
         target = target.to(kernels.working_dtype(input))
-        check_counts(target)
+        _checks.check_counts(target)
     _checks.check_target(input, target, ignore_index)
     dtype = kernels.working_dtype(input)
     single = input.dim() == 1
@@ -209,14 +309,14 @@ def prepare(
     return rows if target.is_floating_point() else _with_labels(rows, ignore_index)
 
 
-def _with_labels(rows: Rows, ignore_index: int) -> Rows:
+def _with_labels(rows: AnyRows, ignore_index: int) -> AnyRows:
     """The rows with ignored labels replaced by 0, and which are kept: None where that is known to be all.
 
     A label that no class has is an IndexError where labels can be read for nothing; a compiled program checks them
     when it runs; on an accelerator the kernels' gather is a device-side assertion, as in torch.
     """
     target = rows.target
-    ends = kernels.least_and_greatest(target)
+    ends = least_and_greatest(target)
     if ends is None:
         target, kept, weight = kernels.fused(
             _labels_and_weight,
@@ -231,9 +331,9 @@ def _with_labels(rows: Rows, ignore_index: int) -> Rows:
     elif ends[0] <= ignore_index <= ends[1]:
         kept = target != ignore_index
         target = target.masked_fill(~kept, 0)
-        rows, ends = replace(rows, target=target, kept=kept), kernels.least_and_greatest(target)
+        rows, ends = replace(rows, target=target, kept=kept), least_and_greatest(target)
     if ends is None or ends[0] < 0 or ends[1] >= rows.num_classes:
-        check_labels(target, rows.num_classes, " or ignore_index")
+        _checks.check_labels(target, rows.num_classes, " or ignore_index")
     return rows
 
 
@@ -251,40 +351,23 @@ def _labels_and_weight(
     return target, kept, _weight(target, kept, sample_weight, class_weight, reduction, target.numel(), dtype)
 
 
-def check_labels(target: Tensor, num_classes: int, alternative: str = "") -> None:
-    """Raise an IndexError for labels outside [0, num_classes), where reading them costs nothing."""
-    if not kernels.can_check(target):
-        return
-    valid = (target >= 0) & (target < num_classes)
-    all_valid = valid.all()
-    wanted = f"target must hold class indices in [0, {num_classes}){alternative}"
-    if kernels.peek(all_valid) is False:
-        raise IndexError(f"{wanted}, got {target[~valid][0].item()}")
-    kernels.check_when_run(all_valid, wanted)
-
-
-def check_counts(counts: Tensor) -> None:
-    """Raise a ValueError for label counts below 0, where reading them costs nothing."""
-    if not kernels.can_read(counts):
-        return
-    valid = counts >= 0
-    wanted = "target must hold label counts of at least 0 (sample_weight=0 leaves a row out)"
-    if not bool(valid.all()):
-        negative = counts[~valid & ~counts.isnan()]
-        if negative.numel():
-            raise ValueError(f"{wanted}, got {negative[0].item():g}")
-
-
-def _warn_of_probabilities(teacher_logits: Tensor) -> None:
-    """Warn of probabilities in the place of logits, where looking is free: one number tells nearly always."""
-    if teacher_logits.numel() == 0 or teacher_logits.shape[1] == 1 or not kernels.can_read(teacher_logits):
-        return
-    if not 0.0 <= teacher_logits[(0,) * teacher_logits.dim()].item() <= 1.0:
-        return
-    sums = teacher_logits.sum(1, dtype=torch.float32)
-    if bool((sums - 1.0).abs().amax() < 1e-2) and bool((teacher_logits >= 0).all()):
-        warnings.warn(
-            "teacher_logits look like probabilities: none is negative and each row sums to 1. Pass logits, or "
-            "teacher_logits=probabilities.log(), whose softmax at temperature=1 is the probabilities",
-            stacklevel=2,
-        )
+def _prepare_linear(
+    input: LinearLogits,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> LinearRows:
+    """`prepare` of arguments whose rows are the leading dimensions of the layer's input."""
+    _logits.check_labels(input, target)
+    logits, dtype = input.flat(), kernels.working_dtype(input.hidden)
+    if weight is not None:
+        _checks.check_class_weight(weight, input.shape[-1])
+        _checks.check_device("weight", weight, input)
+        weight = weight.to(dtype)
+    labels = target.reshape(-1).long()
+    rows = LinearRows(logits, labels, None, weight, None, reduction, False, callers=input)
+    if sample_weight is not None:
+        rows = replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
+    return _with_labels(rows, ignore_index)

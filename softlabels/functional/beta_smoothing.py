@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
 from softlabels.functional._rows import Rows, prepare
+from softlabels.kernels import LinearLogits
 
 Spreads = Sequence[tuple[Tensor, Tensor | None]]  # sources and indices of kernels.Spread; none: an even spread
 
 
 def beta_smoothing_loss(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
     confidence: Tensor | None = None,
     *,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
 from softlabels.functional._rows import Rows, prepare
+from softlabels.kernels import LinearLogits
 
 
 def confidence_penalty_loss(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
     *,
     beta: float = 0.1,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
+from softlabels._reading import peek
+from softlabels.functional import _logits
 from softlabels.functional._rows import Rows, prepare
+from softlabels.kernels import LinearLogits, TopKLogits
 
 SAMPLE_WEIGHTINGS = ("normalized", "exact", "none")
 MIN_LOG_PROBABILITY = -87.0  # float32 holds exp(-87); a class of less has no probability, as if its logit were -inf
@@ -15,9 +17,9 @@ MAX_LOG_STRENGTH = 60.0  # exp(60) = 1e26: rows of such weight still sum and dif
 
 
 def dirichlet_map_loss(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | LinearLogits | TopKLogits,
     *,
     beta: float = 2 / 3,
     temperature: float = 4.0,
@@ -100,14 +102,24 @@ def dirichlet_map_loss(
 
 
 def dirichlet_map(
-    rows: Rows, teacher_logits: Tensor, beta: float, temperature: float, gamma: float, sample_weighting: str
+    rows: Rows,
+    teacher_logits: Tensor | LinearLogits | TopKLogits,
+    beta: float,
+    temperature: float,
+    gamma: float,
+    sample_weighting: str,
 ) -> Tensor:
     """Eq. 6 with the prior of Eq. 8 in the form of Eq. 9, of checked arguments."""
     return rows.loss(*_terms(rows, teacher_logits, beta, temperature, gamma, sample_weighting))
 
 
 def _terms(
-    rows: Rows, teacher_logits: Tensor, beta: float, temperature: float, gamma: float, sample_weighting: str
+    rows: Rows,
+    teacher_logits: Tensor | LinearLogits | TopKLogits,
+    beta: float,
+    temperature: float,
+    gamma: float,
+    sample_weighting: str,
 ) -> tuple[kernels.Term, ...]:
     """[beta s q + gamma - 1]_+ and the label counts."""
     teacher_logits = rows.teacher_argument(teacher_logits)
@@ -159,6 +171,7 @@ def dirichlet_map_targets(
         Zhang & Sabuncu (2020), sec. 5: the closed form of the MAP estimate.
     """
     beta, temperature, gamma = _check_options(beta, temperature, gamma, sample_weighting)
+    _logits.check_dense(teacher_logits)
     _checks.check_input(teacher_logits, "teacher_logits")
     rows = prepare(teacher_logits, target, counts=True)
     mass = rows.soft_label(*_terms(rows, teacher_logits, beta, temperature, gamma, sample_weighting))
@@ -178,16 +191,26 @@ def _check_options(beta: float, temperature: float, gamma: float, sample_weighti
     return beta, _checks.check_positive("temperature", temperature), gamma
 
 
-def _sample_weights(rows: Rows, teacher_logits: Tensor, temperature: float, sample_weighting: str) -> Tensor:
+def _sample_weights(
+    rows: Rows, teacher_logits: Tensor | LinearLogits | TopKLogits, temperature: float, sample_weighting: str
+) -> Tensor:
     """s_i of Eq. 9, row-shaped; 0 for rows that do not count."""
-    scaled = teacher_logits.to(rows.dtype) / temperature
     counted = rows.counted
-    log_sum = scaled.logsumexp(1)
-    if sample_weighting == "exact":
-        return _bounded_exp(log_sum if counted is None else torch.where(counted, log_sum, 0.0))
-    has_probability = scaled - log_sum.unsqueeze(1) > MIN_LOG_PROBABILITY
-    centre = torch.where(has_probability, scaled, 0.0).sum(1) / has_probability.sum(1)
-    log_strength = log_sum - centre
+    is_exact = sample_weighting == "exact"
+    if isinstance(teacher_logits, TopKLogits):
+        log_strength = _log_strength(*teacher_logits.scaled(temperature, rows.dtype), is_exact)
+    elif isinstance(teacher_logits, LinearLogits):
+
+        def of_block(logits: Tensor) -> Tensor:
+            scaled = logits.to(rows.dtype) / temperature
+            return _log_strength(scaled, scaled.logsumexp(1), is_exact)
+
+        log_strength = kernels.by_blocks(of_block, teacher_logits, counted=counted)
+    else:
+        scaled = teacher_logits.to(rows.dtype) / temperature
+        log_strength = _log_strength(scaled, scaled.logsumexp(1), is_exact)
+    if is_exact:
+        return _bounded_exp(log_strength if counted is None else torch.where(counted, log_strength, 0.0))
     if counted is None:
         return (log_strength - log_strength.flatten().logsumexp(0)).exp() * log_strength.numel()
     log_strength = log_strength.masked_fill(~counted, -torch.inf)
@@ -195,10 +218,18 @@ def _sample_weights(rows: Rows, teacher_logits: Tensor, temperature: float, samp
     return torch.where(counted, strength, 0.0)
 
 
+def _log_strength(scaled: Tensor, log_sum: Tensor, is_exact: bool) -> Tensor:
+    """The logarithm of S_i; or of that over exp of the mean of those logits that have a probability."""
+    if is_exact:
+        return log_sum
+    has_probability = scaled - log_sum.unsqueeze(1) > MIN_LOG_PROBABILITY
+    return log_sum - torch.where(has_probability, scaled, 0.0).sum(1) / has_probability.sum(1)
+
+
 def _bounded_exp(log_strength: Tensor) -> Tensor:
     """exp of the exact log-strengths: an error where they overflow and can be looked at, a bound elsewhere."""
     limit = MAX_LOG_STRENGTH * (10.0 if log_strength.dtype == torch.float64 else 1.0)
-    if kernels.peek((log_strength > limit).any()):
+    if peek((log_strength > limit).any()):
         raise ValueError(
             f"teacher_logits are too large for sample_weighting='exact': a row's sum of exp(teacher_logits / "
             f"temperature) reaches exp({log_strength.max().item():.4g}), and more than exp({limit:g}) overflows in "

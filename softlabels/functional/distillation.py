@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks, kernels
+from softlabels.functional import _logits
 from softlabels.functional._rows import Rows, prepare
+from softlabels.kernels import LinearLogits, TopKLogits
 
 
 def self_distillation_loss(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | LinearLogits | TopKLogits,
     *,
     alpha: float = 0.6,
     temperature: float = 4.0,
@@ -75,7 +75,7 @@ def self_distillation_loss(
 
 def self_distillation(
     rows: Rows,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | LinearLogits | TopKLogits,
     alpha: float,
     temperature: float,
     scale_student: bool = False,
@@ -86,22 +86,22 @@ def self_distillation(
     keep = kept_classes(prune, rows.num_classes)
     if not scale_student or alpha == 1:
         return rows.loss(*_mixture(rows, teacher, alpha, temperature, keep), total=1.0)
-    scaled = replace(rows, logits=rows.logits.to(rows.dtype) / temperature)
+    scaled = rows.over(temperature)
     soft = (1 - alpha) * temperature**2
     return rows.loss(rows.label(alpha)) + scaled.loss(scaled.prediction(soft, teacher, temperature, keep))
 
 
 def _mixture(
-    rows: Rows, teacher_logits: Tensor, alpha: float, temperature: float, keep: int
+    rows: Rows, teacher_logits: Tensor | LinearLogits | TopKLogits, alpha: float, temperature: float, keep: int
 ) -> tuple[kernels.Term, ...]:
     """1 - alpha of the teacher's prediction and alpha of the label."""
     return rows.prediction(1.0 - alpha, teacher_logits, temperature, keep), rows.label(alpha)
 
 
 def pruned_distillation_loss(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | LinearLogits | TopKLogits,
     *,
     prune: float = 0.5,
     alpha: float = 0.6,
@@ -206,7 +206,8 @@ def distillation_targets(
     alpha = _checks.check_fraction("alpha", alpha)
     temperature = _checks.check_positive("temperature", temperature)
     prune = check_prune("prune", prune)
+    _logits.check_dense(teacher_logits)
     _checks.check_input(teacher_logits, "teacher_logits")
     rows = prepare(teacher_logits, target)
-    teacher_logits = rows.teacher_argument(teacher_logits)
-    return rows.soft_label(*_mixture(rows, teacher_logits, alpha, temperature, kept_classes(prune, rows.num_classes)))
+    teacher = rows.teacher_argument(teacher_logits)
+    return rows.soft_label(*_mixture(rows, teacher, alpha, temperature, kept_classes(prune, rows.num_classes)))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.functional._rows import Rows, prepare
+from softlabels.kernels import LinearLogits
 
 
 def label_smoothing_map_loss(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
     *,
     beta: float,

@@ -5,13 +5,14 @@ tensors are (N,) or (N, d1, ...). Nothing here knows of losses or papers.
 """
 
 from softlabels.kernels.backend import backend, get_backend, set_backend
-from softlabels.kernels.dispatch import cross_entropy, fused, fuses, statistics
-from softlabels.kernels.formula import confidence_penalty
+from softlabels.kernels.dispatch import confidence_penalty, cross_entropy, fused, fuses, statistics
+from softlabels.kernels.linear import LinearPrediction, by_blocks
+from softlabels.kernels.linear_logits import LinearLogits
 from softlabels.kernels.ordering import COUNTED, counted_amounts, ranked_amounts, uniforms, unranked_amounts
-from softlabels.kernels.reading import break_graph, can_check, can_read, check_when_run, least_and_greatest, peek
 from softlabels.kernels.soft_label import Amount, Even, Given, Label, Prediction, SoftLabel, Term, working_dtype
 from softlabels.kernels.spread import Spread
 from softlabels.kernels.statistics import Statistics
+from softlabels.kernels.top_k_logits import TopKLogits
 
 __all__ = [
     "COUNTED",
@@ -19,24 +20,22 @@ __all__ = [
     "Even",
     "Given",
     "Label",
+    "LinearLogits",
+    "LinearPrediction",
     "Prediction",
     "SoftLabel",
     "Spread",
     "Statistics",
     "Term",
+    "TopKLogits",
     "backend",
-    "break_graph",
-    "can_check",
-    "can_read",
-    "check_when_run",
+    "by_blocks",
     "confidence_penalty",
     "counted_amounts",
     "cross_entropy",
     "fused",
     "fuses",
     "get_backend",
-    "least_and_greatest",
-    "peek",
     "ranked_amounts",
     "set_backend",
     "statistics",

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softlabels._reading import has_tangents, is_batched
 from softlabels.kernels import compiled, eager, formula
-from softlabels.kernels.reading import has_tangents, is_batched
 from softlabels.kernels.soft_label import SoftLabel, column, working_dtype
 from softlabels.kernels.statistics import Statistics
 

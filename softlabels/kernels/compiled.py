@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softlabels.kernels import blocks, eager, reading
+from softlabels import _reading
+from softlabels.kernels import blocks, eager
 from softlabels.kernels.soft_label import Even, Label, Prediction, SoftLabel, largest_and_total, product, working_dtype
 from softlabels.kernels.statistics import Statistics
 from softlabels.kernels.statistics import statistics as traceable_statistics
@@ -253,7 +254,7 @@ def _options(part: Any) -> list[tuple[str, Any]]:
 
 def _compile(graph: Graph) -> Graph:
     """A compiled function of its own, with its own code object: torch.compile counts versions by code object."""
-    if reading.TORCH < OLDEST_TORCH:
+    if _reading.TORCH < OLDEST_TORCH:
         raise CompilationFailed(
             f"the compiled kernels of softlabels need torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, and this is "
             f"{torch.__version__}; softlabels.set_backend('eager') does without"

@@ -2,6 +2,7 @@
 
 | condition | implementation | why |
 |---|---|---|
+| logits are LinearLogits | linear: blocks of rows, each eager or compiled | all of them would not fit |
 | somebody traces, transforms (torch.func), or differentiates forwards | formula | it can be traced and transformed |
 | logits or targets are of a tensor subclass, or on the meta device | formula | only torch's own operations know them |
 | weights or targets want a gradient too | formula | the closed forms have one for the logits alone |
@@ -10,7 +11,8 @@
 | any other | eager | closed form, few readings of memory |
 
 The formula takes care of -inf logits and of rows that do not count where it cannot look; few logits are done without,
-and once more with care if the result is not finite. Double backward through a closed form is the formula's.
+and once more with care if the result is not finite. Double backward through a closed form is the formula's. Of
+LinearLogits the first three lines below compute all logits at once; torch.compile leaves its graph for them.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softlabels.kernels import compiled, eager, formula
+from softlabels._reading import break_graph, is_observed, is_ordinary
+from softlabels.kernels import compiled, eager, formula, linear
 from softlabels.kernels.autograd import ClosedForm, is_ready_in_forward
 from softlabels.kernels.backend import get_backend
-from softlabels.kernels.reading import is_observed, is_ordinary
-from softlabels.kernels.soft_label import Prediction, SoftLabel
+from softlabels.kernels.linear_logits import LinearLogits
+from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term
 from softlabels.kernels.statistics import Statistics, statistics_with_log_p
 
 FEW = 2**16
@@ -50,11 +53,15 @@ def statistics(logits: Tensor, *, reduce: bool = False) -> Statistics:
     return eager.statistics(logits.detach(), wants_gradient and reduce and is_ready_in_forward(logits))
 
 
-def cross_entropy(label: SoftLabel, logits: Tensor, *, reduce: bool, known: Statistics | None = None) -> Tensor:
+def cross_entropy(
+    label: SoftLabel, logits: Tensor | LinearLogits, *, reduce: bool, known: Statistics | None = None
+) -> Tensor:
     """The weighted cross-entropy of each row, or with ``reduce`` the sum over the rows.
 
     Float64 for float64 logits, float32 for all others.
     """
+    if isinstance(logits, LinearLogits):
+        return _of_linear(label, logits, reduce)
     tensors = label.tensors()
     log_p = known.log_p if known is not None else None
     if is_observed() or not is_ordinary(logits, *tensors):
@@ -104,6 +111,33 @@ def fuses(*tensors: Tensor) -> bool:
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and _compiles(tensors[0])
     )
+
+
+def confidence_penalty(label: Term, weight: Amount, beta: float, logits: Tensor | LinearLogits, reduce: bool) -> Tensor:
+    """`formula.confidence_penalty`, of LinearLogits block by block."""
+    if isinstance(logits, LinearLogits):
+        return _of_linear(linear.PenalizedLabel([label], weight, beta=beta), logits, reduce)
+    return formula.confidence_penalty(label, weight, beta, logits, reduce)
+
+
+def _of_linear(label: SoftLabel, logits: LinearLogits, reduce: bool) -> Tensor:
+    if torch.compiler.is_compiling():
+        break_graph(
+            "softlabels: LinearLogits are worked on in blocks, outside of the graph; compile the model instead of the "
+            "whole step, or leave out fullgraph=True"
+        )
+        return torch._dynamo.disable(_of_linear)(label, logits, reduce)  # type: ignore[no-untyped-call, no-any-return]
+    tensors = label.tensors()
+    layer = [tensor for tensor in (logits.hidden, logits.weight, logits.bias) if tensor is not None]
+    learn = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if is_observed() or learn or not is_ordinary(*layer, *tensors):
+        return linear.whole(label, logits, reduce)
+    if _compiles(logits.hidden):
+        try:
+            return linear.cross_entropy(label, logits, reduce, True)
+        except compiled.CompilationFailed as error:
+            _go_on_uncompiled(logits.hidden, error)
+    return linear.cross_entropy(label, logits, reduce, False)
 
 
 def _closed_form(

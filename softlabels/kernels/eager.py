@@ -125,9 +125,14 @@ def _by_dense_label(label: SoftLabel, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Losses and gradient in few operations, with care for impossible classes and rows that do not count."""
     dtype = working_dtype(logits)
     log_p = torch.log_softmax(logits, 1, dtype=dtype)
-    soft = label.dense(log_p, possible=label.possible(logits))
-    rows = product(label.weight, -product(soft, log_p).sum(1))
-    gradient = torch._log_softmax_backward_data(-soft, log_p, 1, dtype) * column(label.weight)
+    possible = label.possible(logits)
+    if label.follows_prediction:
+        rows = product(label.weight, -label.inner(log_p, possible))
+        gradient = label.add_to(log_p.exp(), -label.weight, label.mass(log_p, possible) * label.weight, possible)
+    else:
+        soft = label.dense(log_p, possible=possible)
+        rows = product(label.weight, -product(soft, log_p).sum(1))
+        gradient = torch._log_softmax_backward_data(-soft, log_p, 1, dtype) * column(label.weight)
     if isinstance(label.weight, Tensor) and label.weight.dim():
         gradient = gradient.masked_fill((label.weight == 0).unsqueeze(1), 0.0)
     return rows, gradient.to(logits.dtype)

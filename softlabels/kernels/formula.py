@@ -21,6 +21,9 @@ def cross_entropy(
         logits, log_p = logits.masked_fill(left_out, 0.0), None
     if log_p is None:
         log_p = torch.log_softmax(logits, 1, dtype=working_dtype(logits))
+    if label.follows_prediction:
+        rows = product(-label.weight, label.inner(log_p, label.possible(logits)))
+        return rows.sum() if reduce else rows
     if not careful:
         terms = log_p * label.add_to(torch.zeros_like(log_p, requires_grad=False), -label.weight, in_place=True)
         return terms.sum() if reduce else terms.sum(1)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabels.kernels.reading import break_graph, can_read
+from softlabels._reading import break_graph, can_read
 
 COUNTED = 2**13  # rows up to which comparing each with each takes a GPU less time than to start a sort
 Amount = float | Tensor

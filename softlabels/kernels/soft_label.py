@@ -65,6 +65,11 @@ class Term:
         return False
 
     @property
+    def follows_prediction(self) -> bool:
+        """Whether its shares depend on the prediction: then its inner product alone says what it costs."""
+        return False
+
+    @property
     def is_absent(self) -> bool:
         """Whether it adds nothing, known without a look at a tensor."""
         return False
@@ -106,7 +111,7 @@ class Term:
             return torch.add(shares * factor, g, alpha=scale, out=g)  # one pass
         return _scaled(g, scale, in_place=True).add_(shares, alpha=factor)
 
-    def rows(self, chosen: slice) -> Self:
+    def rows(self, chosen: slice | Tensor) -> Self:
         """The same for some rows of dimension 0."""
         own = {name: value[chosen] for name, value in tensors(self) if name != "class_weight" and value.dim()}
         return replace(self, **own)
@@ -375,6 +380,11 @@ class SoftLabel:
         """Whether in every row all classes but the label's have the same share."""
         return all(term.is_even for term in self.terms)
 
+    @property
+    def follows_prediction(self) -> bool:
+        """Whether in a row the shares depend on the prediction."""
+        return any(term.follows_prediction for term in self.terms)
+
     def mass(self, x: Tensor, possible: Tensor | None = None) -> Amount:
         """sum_c t_c of all terms, without the weight."""
         if self.total is not None:
@@ -419,7 +429,7 @@ class SoftLabel:
         """Factor t of every class, shaped like the logits."""
         return self.add_to(like.new_zeros(()).expand(like.shape), factor, possible=possible)
 
-    def rows(self, chosen: slice) -> SoftLabel:
+    def rows(self, chosen: slice | Tensor) -> SoftLabel:
         """The soft labels of some rows of dimension 0."""
         weight = self.weight[chosen] if isinstance(self.weight, Tensor) and self.weight.dim() else self.weight
         return replace(self, terms=[term.rows(chosen) for term in self.terms], weight=weight)

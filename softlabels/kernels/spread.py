@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softlabels.kernels.reading import peek
+from softlabels._reading import peek
 from softlabels.kernels.soft_label import Amount, Term, column
 
 
@@ -51,7 +51,7 @@ class Spread(Term):
             return self.source
         return torch.nn.functional.embedding(self.index, self.source).movedim(-1, 1)
 
-    def rows(self, chosen: slice) -> Spread:
+    def rows(self, chosen: slice | Tensor) -> Spread:
         """The same for some rows of dimension 0; a table stays whole."""
         part = super().rows(chosen)
         return part if self.index is None else replace(part, source=self.source)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.functional._rows import Rows, prepare
+from softlabels.kernels import LinearLogits
 
 CHECKPOINT = inspect.unwrap(checkpoint)  # without what keeps compilers out
 Forward = TypeVar("Forward", bound=Callable[..., Tensor])
@@ -50,7 +51,9 @@ class SoftLabelLoss(nn.Module):
         check = self.options.get(name) or _COMMON.get(name)
         super().__setattr__(name, value if check is None else check(name, value))
 
-    def rows(self, input: Tensor, target: Tensor, sample_weight: Tensor | None, *, counts: bool = False) -> Rows:
+    def rows(
+        self, input: Tensor | LinearLogits, target: Tensor, sample_weight: Tensor | None, *, counts: bool = False
+    ) -> Rows:
         """Check the arguments of a call."""
         return prepare(input, target, self.weight, sample_weight, self.ignore_index, self.reduction, counts=counts)
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softlabels import kernels, tuning
-from softlabels.functional import _checks
+from softlabels import _checks, tuning
+from softlabels._reading import least_and_greatest
 from softlabels.functional._rows import Rows
 from softlabels.functional.beta_smoothing import Spreads, beta_smoothing, mean_smoothing
+from softlabels.kernels import LinearLogits
 from softlabels.losses.attachable import AttachableLoss
 from softlabels.losses.base import called_as, runs_twice
 from softlabels.priors import SPREADS, LearnedSpread
@@ -79,15 +80,17 @@ class BetaSmoothingLoss(AttachableLoss):
         spread: Where the amount goes. ``"uniform"``: evenly to all classes, as in the paper. ``"classes"``: as the mean
             prediction on the rows of the label's class says. ``"neighbours"``: as the labels of the batch's other rows
             say, weighted by how alike their logits are. ``"samples"``: as the mean of this sample's past predictions
-            says (needs ``num_samples`` and the call argument ``index``). A tuple: the mean of these. In evaluation the
+            says (needs ``num_samples`` and the call argument ``index``; where a number per class would take more than
+            512 MiB, the 16 largest of each sample are kept). A tuple: the mean of these. In evaluation the
             spread is even, so that the value depends on nothing but the row and compares with other losses.
         rank_by: ``"max"``: confidence is the largest class probability, as in the paper's text. ``"true_class"``: it is
             the probability of the label, as in the paper's published scripts.
         ema_decay: Decay of the average per optimizer step, in [0, 1), for ``"ema"``.
         num_samples: Size of the training set, for ``"history"`` and ``"samples"``.
         global_ranking: Rank and draw over the rows of all processes of the default torch.distributed group together,
-            with the draws of process 0. Every process must call the loss equally often; the processes wait for each
-            other. False: each process ranks its own rows.
+            with the draws of process 0. What is remembered of classes and samples, and the neighbours, are then those
+            of all processes, so that any of them may save it. Every process must call the loss equally often; the
+            processes wait for each other. False: each process ranks and remembers its own rows.
         generator: Source of the random numbers, on the device of the logits; None uses torch's default.
         ignore_index: Rows with this label count for nothing; they are neither ranked nor drawn for.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -181,7 +184,7 @@ class BetaSmoothingLoss(AttachableLoss):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | LinearLogits,
         target: Tensor,
         *,
         sample_weight: Tensor | None = None,
@@ -210,25 +213,31 @@ class BetaSmoothingLoss(AttachableLoss):
                 "BetaSmoothingLoss with ranking='history' or spread='samples' needs the ids of the samples in the "
                 "batch: pass index= to the call"
             )
-        known, predicted, mean = None, rows.logits.detach(), False
+        if self.spread != "uniform" and isinstance(input, LinearLogits):
+            raise ValueError(
+                f"spread={self.spread!r} keeps or compares predictions of all classes, which LinearLogits are there to "
+                "avoid; use spread='uniform'"
+            )
+        known, mean = None, False
+        predicted: Any = rows.logits.detach()
         if confidence is not None:
             confidence = rows.row_argument("confidence", confidence)
         elif self.ranking == "ema":
-            predicted = rows.teacher_argument(self.ask_teacher(input, "confidence"), check=False)
-            confidence = log_odds(predicted, rows.target, self.rank_by)
+            predicted = rows.teacher_argument(self.ask_teacher(input, "confidence"), check=self.is_first_answer)
+            confidence = log_odds(predicted, rows.target, self.rank_by, counted=rows.counted)
         elif self.ranking == "none":
             mean = True
         elif self.ranking != "random":
             known = rows.statistics()
             rank_by = "true_class" if self.ranking == "history" else self.rank_by
-            confidence = log_odds(predicted, rows.target, rank_by, known)
+            confidence = log_odds(predicted, rows.target, rank_by, known, rows.counted)
             if ranks_by_history:
                 confidence = self._past(rows, index, confidence)
         spreads: Spreads = ()
         if self.spread != "uniform":
-            own = Evidence.of(rows, predicted)
-            everyone = own.of_all_processes() if self.global_ranking else own
-            spreads = self.learned_spread.sources(rows, own, everyone, index)
+            batch = Evidence.of(rows, predicted, index)
+            recorded, own = batch.of_all_processes() if self.global_ranking else (batch, slice(0, len(batch.counted)))
+            spreads = self.learned_spread.sources(rows, batch, recorded, own, index)
         if mean:
             loss = mean_smoothing(rows, self.alpha, concentration, spreads)
         else:
@@ -243,7 +252,7 @@ class BetaSmoothingLoss(AttachableLoss):
                 known=known,
             )
         if spreads:
-            self.learned_spread.record(own, everyone, index)
+            self.learned_spread.record(recorded)
         return loss
 
     __call__ = called_as(forward)
@@ -314,15 +323,14 @@ class BetaSmoothingLoss(AttachableLoss):
         if index is None or not hasattr(self, "history"):
             raise RuntimeError("ranking='history' must be chosen, with num_samples, when the loss is made")
         counted = rows.counted
-        return self.history.rank_and_update(
-            index, confidence, torch.ones_like(index, dtype=torch.bool) if counted is None else counted
-        )
+        counted = torch.ones_like(index, dtype=torch.bool) if counted is None else counted
+        return self.history.rank_and_update(index, confidence, counted, joint=self.global_ranking)
 
     def _sample_ids(self, rows: Rows, index: Tensor) -> Tensor:
         index = rows.row_argument("index", index)
         if index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"index must hold sample ids as torch.int64, got {index.dtype}")
-        ends = kernels.least_and_greatest(index)
+        ends = least_and_greatest(index)
         if self.num_samples is not None and ends is not None and (ends[0] < 0 or ends[1] >= self.num_samples):
             raise IndexError(f"index must hold sample ids in [0, {self.num_samples}), got {ends[0]} to {ends[1]}")
         return index

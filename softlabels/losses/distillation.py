@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.functional.dirichlet_map import check_sample_weighting, dirichlet_map
 from softlabels.functional.distillation import check_prune, self_distillation
+from softlabels.kernels import LinearLogits, TopKLogits
 from softlabels.losses.attachable import AttachableLoss
 from softlabels.losses.base import called_as
 
@@ -14,7 +15,9 @@ from softlabels.losses.base import called_as
 class _TeacherLoss(AttachableLoss):
     """A loss of (input, target, teacher_logits) that is plain cross-entropy when it is not training."""
 
-    def _teacher_logits(self, input: Tensor, teacher_logits: Tensor | None) -> Tensor | None:
+    def _teacher_logits(
+        self, input: Tensor | LinearLogits, teacher_logits: Tensor | LinearLogits | TopKLogits | None
+    ) -> Tensor | LinearLogits | TopKLogits | None:
         """The given teacher logits, or those of the attached teacher; None where cross-entropy is meant."""
         if not self.in_training:
             return teacher_logits
@@ -92,11 +95,11 @@ class SelfDistillationLoss(_TeacherLoss):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | LinearLogits,
         target: Tensor,
         *,
         sample_weight: Tensor | None = None,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | LinearLogits | TopKLogits | None = None,
     ) -> Tensor:
         """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         teacher_logits = self._teacher_logits(input, teacher_logits)
@@ -172,11 +175,11 @@ class PrunedDistillationLoss(_TeacherLoss):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | LinearLogits,
         target: Tensor,
         *,
         sample_weight: Tensor | None = None,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | LinearLogits | TopKLogits | None = None,
     ) -> Tensor:
         """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         teacher_logits = self._teacher_logits(input, teacher_logits)
@@ -264,11 +267,11 @@ class InstanceDirichletMAPLoss(_TeacherLoss):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | LinearLogits,
         target: Tensor,
         *,
         sample_weight: Tensor | None = None,
-        teacher_logits: Tensor | None = None,
+        teacher_logits: Tensor | LinearLogits | TopKLogits | None = None,
     ) -> Tensor:
         """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         teacher_logits = self._teacher_logits(input, teacher_logits)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.functional.confidence_penalty import confidence_penalty
 from softlabels.functional.label_smoothing_map import label_smoothing_map
+from softlabels.kernels import LinearLogits
 from softlabels.losses.base import SoftLabelLoss, called_as
 
 
@@ -49,7 +50,7 @@ class LabelSmoothingMAPLoss(SoftLabelLoss):
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
         self.beta = beta
 
-    def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor | LinearLogits, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         return label_smoothing_map(self.rows(input, target, sample_weight), self.beta)
 
@@ -102,7 +103,7 @@ class ConfidencePenaltyLoss(SoftLabelLoss):
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction)
         self.beta = beta
 
-    def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor | LinearLogits, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         """Compute the loss, called as ``criterion(input, target, ...)``; see the class for the arguments."""
         return confidence_penalty(self.rows(input, target, sample_weight), self.beta)
 

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
-from softlabels.functional._rows import check_labels
+from softlabels import _checks
+from softlabels._reading import can_read, peek
 
 CHUNK = {"cpu": 2**18, "other": 2**24}  # elements worked on at once: a cache's worth; 128 MiB of float64
 
@@ -51,14 +50,14 @@ def checked(
     target = target.to(input.device, torch.long)
     ignored = target == ignore_index
     target = target.masked_fill(ignored, 0)
-    check_labels(target, num_classes, f" or ignore_index={ignore_index}")
+    _checks.check_labels(target, num_classes, f" or ignore_index={ignore_index}")
     weight = (~ignored).double()
-    if not kernels.can_read(target):  # labels out of range fail as an index, as in torch; compiled code would wrap -1
+    if not can_read(target):  # labels out of range fail as an index, as in torch; compiled code would wrap -1
         weight = weight * weight.new_ones(num_classes)[target.masked_fill(target < 0, num_classes)]
     if sample_weight is not None:
         weight = torch.where(ignored, 0.0, weight * sample_weight.detach().to(weight.device))
         bad = ~((weight >= 0.0) & (weight < torch.inf))
-        if kernels.peek(bad.any()):
+        if peek(bad.any()):
             raise ValueError(f"sample_weight must be finite and not negative, got {weight[bad][0].item():g}")
         weight = weight.masked_fill(bad, torch.nan)
     return input if from_logits else _probabilities(input, weight), target, weight
@@ -88,7 +87,7 @@ def _probabilities(input: Tensor, weight: Tensor) -> Tensor:
     total, smallest = input.sum(dim, dtype=torch.float64), input.amin(dim)
     tolerance = max(1e-3, 2 * finfo.eps + 2 * finfo.smallest_normal * finfo.eps * input.shape[dim])
     bad = ((smallest < 0) | ~((total - 1).abs() < tolerance)) & (weight != 0)
-    seen = kernels.peek(bad.any())
+    seen = peek(bad.any())
     if seen:
         raise ValueError(
             "with from_logits=False, input must hold class probabilities that sum to 1, got a row whose smallest value "

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks
+from softlabels._reading import can_read
 from softlabels.metrics import _rows
 
 NORMS = ("l1", "l2", "max")
@@ -209,7 +209,7 @@ def events(
     else:
         p, right = _rows.by_chunks(_top_class, input, target)
         tied = (right > 0) & (p <= 0.5)  # perhaps: in a row that is surer, one class is the largest
-        if kernels.can_read(tied):
+        if can_read(tied):
             for some in tied.nonzero().split(_rows.CHUNK["cpu"] // input.shape[dim] + 1):
                 rows = some.unbind(1)
                 right[rows] = (input.movedim(dim, -1)[rows].argmax(-1) == target[rows]).double()
@@ -271,7 +271,7 @@ def _top_class(logits: Tensor, target: Tensor) -> Tensor:
     """Largest probability, and 1 where its class is the label: one of several, where numbers can be read; (2, n, d)."""
     largest = logits.amax(1, keepdim=True)
     total = logits.to(torch.float64, copy=True).sub_(largest).exp_().sum(1)
-    if kernels.can_read(logits, target):  # then argmax is slow
+    if can_read(logits, target):  # then argmax is slow
         right = (logits.gather(1, target.unsqueeze(1)) == largest).squeeze(1)
     else:
         right = logits.argmax(1) == target

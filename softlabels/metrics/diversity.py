@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softlabels import kernels
-from softlabels.functional import _checks
+from softlabels import _checks
+from softlabels._reading import peek
 from softlabels.metrics import _rows
 
 ROUNDING = 2.0**-44  # error of log-odds relative to the largest: 256 steps of float64, for sums over many classes
@@ -109,7 +109,7 @@ def true_class_log_odds(
         dim, input = _rows.class_dim(input), input.detach()
         odds = torch.logit(input.gather(dim, target.unsqueeze(dim)).squeeze(dim).double().clamp(0.0, 1.0))
     kept = weight != 0
-    return (odds.flatten(), weight.flatten()) if kernels.peek(kept.all()) else (odds[kept], weight[kept])
+    return (odds.flatten(), weight.flatten()) if peek(kept.all()) else (odds[kept], weight[kept])
 
 
 def nearest_neighbor_entropy(odds: Tensor, weight: Tensor, n_neighbors: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from softlabels.functional import _checks
+from softlabels import _checks
 from softlabels.metrics.calibration import (
     NORMS,
     ReliabilityCurve,

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softlabels import kernels
+from softlabels._processes import of_all_processes
+from softlabels._reading import peek
 from softlabels.functional._rows import Rows
 
 
@@ -18,10 +19,11 @@ class Evidence(NamedTuple):
     predictions: Tensor  # (M, K) their softmax, 0 in rows that do not count
     target: Tensor  # (M,) class indices, or (M, K) probabilities
     counted: Tensor  # (M,) False for rows that are ignored, of weight 0, or nan
+    samples: Tensor  # (M,) ids; 0 where nobody told them
 
     @classmethod
-    def of(cls, rows: Rows, logits: Tensor) -> Evidence:
-        """Of a batch, with the logits (N, K, d1, ...) of whoever predicts."""
+    def of(cls, rows: Rows, logits: Tensor, index: Tensor | None) -> Evidence:
+        """Of a batch, with the logits (N, K, d1, ...) of whoever predicts, and row-shaped sample ids."""
         num_classes = rows.num_classes
         logits = logits.detach().movedim(1, -1).reshape(-1, num_classes).to(rows.dtype)
         predictions = logits.softmax(1)
@@ -30,22 +32,12 @@ class Evidence(NamedTuple):
         counted = ~predictions[:, 0].isnan()  # one nan among the logits makes all of them nan
         if rows.counted is not None:
             counted &= rows.counted.flatten()
-        if kernels.peek(counted.all()) is not True:
+        if peek(counted.all()) is not True:
             predictions = predictions.masked_fill_(~counted.unsqueeze(1), 0.0)
-        return cls(logits, predictions, target, counted)
+        samples = torch.zeros_like(counted, dtype=torch.int64) if index is None else index.flatten().long()
+        return cls(logits, predictions, target, counted, samples)
 
-    def of_all_processes(self) -> Evidence:
-        """The rows of all processes of the default group; fewer rows are filled up with some that do not count."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self
-        most = torch.tensor(len(self.counted), device=self.logits.device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        return Evidence(*(_gathered(tensor, int(most)) for tensor in self))
-
-
-def _gathered(tensor: Tensor, length: int) -> Tensor:
-    own = tensor.new_zeros(length, *tensor.shape[1:])
-    own[: len(tensor)] = tensor
-    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, own)
-    return torch.cat(parts)
+    def of_all_processes(self) -> tuple[Evidence, slice]:
+        """The rows of all processes of the default group, and where these are among them."""
+        tensors, own = of_all_processes(*self)
+        return Evidence(*tensors), own

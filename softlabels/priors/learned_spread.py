@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from softlabels import kernels
+from softlabels._reading import peek
+from softlabels._tables import Tables
 from softlabels.functional._rows import Rows
 from softlabels.priors.evidence import Evidence
 from softlabels.priors.neighbours import neighbour_spread
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from softlabels.priors.past_predictions import PastPredictions
 
 SPREADS = ("classes", "neighbours", "samples")
 DECAY = 0.98  # the newest n rows of a class weigh at least 1 - DECAY ** n
-MOST_NUMBERS = 2**31  # that one table may have: 8 GiB of class profiles, 4 GiB of past predictions
+MOST_NUMBERS = 2**31  # of class profiles: 8 GiB
 
 Source = tuple[Tensor, Tensor | None]  # rows, or a table and which row of it; as kernels.Spread takes them
 
 
-class LearnedSpread(nn.Module):
+class LearnedSpread(Tables):
     r"""What is remembered of classes and samples, and the spreads that follow from it.
 
     Tables are empty until the first batch tells the number of classes K.
@@ -36,77 +32,68 @@ class LearnedSpread(nn.Module):
         class_profiles: (K, K) float32. Row c is the mean prediction on the rows of class c: of all rows so far, until
             the newest n of a class would weigh less than 1 - 0.98^n. A class that was never seen is uniform.
         class_counts: (K,) float32. How many rows there were of each class.
-        past: (num_samples, K) float16. The mean of each sample's predictions at its visits so far.
-        visits: (num_samples,) int32.
+        past: What each sample looked like, for ``"samples"``.
     """
 
     class_profiles: Tensor
     class_counts: Tensor
-    past: Tensor
-    visits: Tensor
 
     def __init__(self, kinds: tuple[str, ...], num_samples: int | None) -> None:
         super().__init__()
         self.kinds = kinds
-        self.num_samples = num_samples if "samples" in kinds else None
+        self.past = PastPredictions(num_samples) if "samples" in kinds and num_samples is not None else None
         self.keeps_profiles = "classes" in kinds or "samples" in kinds  # a sample that was never seen is its class
         if self.keeps_profiles:
             self.register_buffer("class_profiles", torch.empty(0, 0))
             self.register_buffer("class_counts", torch.zeros(0))
-        if self.num_samples is not None:
-            self.register_buffer("past", torch.empty(self.num_samples, 0, dtype=torch.float16))
-            self.register_buffer("visits", torch.zeros(self.num_samples, dtype=torch.int32))
 
     @torch.no_grad()
-    def sources(self, rows: Rows, own: Evidence, everyone: Evidence, index: Tensor | None) -> list[Source]:
+    def sources(self, rows: Rows, batch: Evidence, among: Evidence, own: slice, index: Tensor | None) -> list[Source]:
         """The spreads for a batch, each as rows shaped like the logits, or as a table and which of its rows.
 
         Tables are those from before this batch: use the spreads before `record` is called.
 
         Args:
             rows: The batch.
-            own: What it tells.
-            everyone: The same of all rows that may be neighbours; ``own``, or that of all processes.
+            batch: What it tells.
+            among: The rows that may be neighbours: ``batch``, or those of all processes.
+            own: Where the batch is among them.
             index: Sample ids, row-shaped.
         """
         self._make_tables(rows)
         sources: list[Source] = []
         for kind in self.kinds:
             if kind == "neighbours":
-                first = (
-                    0
-                    if everyone is own
-                    else torch.distributed.get_rank() * (len(everyone.target) // torch.distributed.get_world_size())
-                )
-                sources.append((_like_logits(neighbour_spread(own, everyone, first), rows), None))
-            elif kind == "samples" and index is not None:
-                sources.append(self._of_samples(rows, index))
+                sources.append((_like_logits(neighbour_spread(batch, among, own.start), rows), None))
+            elif kind == "samples" and self.past is not None and index is not None:
+                sources.append(self._of_samples(self.past, rows, index))
             else:
                 sources.append(self._of_classes(rows))
         return sources
 
     @torch.no_grad()
-    def record(self, own: Evidence, everyone: Evidence, index: Tensor | None) -> None:
-        """Remember a batch: each row once, whatever was predicted."""
+    def record(self, rows: Evidence) -> None:
+        """Remember rows: each once, whatever was predicted."""
         if self.keeps_profiles:
-            self._record_classes(everyone)
-        if self.num_samples is not None and index is not None:
-            self._record_samples(own, index.flatten())
+            self._record_classes(rows)
+        if self.past is not None:
+            self.past.record(rows)
 
     def _of_classes(self, rows: Rows) -> Source:
         if not rows.target.is_floating_point():
             return self.class_profiles, rows.target
         return torch.einsum("nk...,kj->nj...", rows.target, self.class_profiles.to(rows.dtype)), None
 
-    def _of_samples(self, rows: Rows, index: Tensor) -> Source:
-        seen = self.visits[index] > 0
-        if kernels.peek(seen.all()):
-            return self.past, index
+    def _of_samples(self, past: PastPredictions, rows: Rows, index: Tensor) -> Source:
+        """A sample's past, and for what is not remembered of it, its class: all, if it was never seen."""
+        if past.is_dense and peek((past.visits[index] > 0).all()):
+            return past.mean, index
+        seen = past.of(index, rows.num_classes).movedim(-1, 1).to(rows.dtype)
         table, where = self._of_classes(rows)
         of_class = table if where is None else _gathered(table, where).movedim(-1, 1)
-        return torch.where(
-            seen.unsqueeze(1), _gathered(self.past, index).movedim(-1, 1).to(of_class.dtype), of_class
-        ), None
+        unseen = (past.visits[index] == 0).unsqueeze(1)
+        rest = unseen if past.is_dense else (1.0 - seen.sum(1, keepdim=True)).clamp(min=0.0)
+        return seen + rest * of_class, None
 
     def _record_classes(self, rows: Evidence) -> None:
         """Move profiles towards the mean prediction of each class in the batch."""
@@ -125,47 +112,22 @@ class LearnedSpread(nn.Module):
         share = (step / n.clamp(min=1.0))[labels]
         self.class_profiles.index_add_(0, labels, p * share.unsqueeze(1))
 
-    def _record_samples(self, rows: Evidence, index: Tensor) -> None:
-        """Average predictions into the means of their samples' visits."""
-        before = self.visits[index]
-        self.visits.index_add_(0, index, rows.counted.int())
-        after = self.visits[index].clamp(min=1)
-        self.past.index_copy_(0, index, _gathered(self.past, index).mul_((before / after).unsqueeze(1)))
-        self.past.index_add_(0, index, (rows.predictions / after.unsqueeze(1)).half())
-
     def _make_tables(self, rows: Rows) -> None:
         """Once the number of classes is known; it cannot change after."""
         num_classes, device = rows.num_classes, rows.logits.device
         if self.keeps_profiles and self.class_profiles.numel() == 0:
-            _check_size("class profiles", num_classes, num_classes, 4)
+            _check_size(num_classes)
             self.class_profiles = torch.full((num_classes, num_classes), 1.0 / num_classes, device=device)
             self.class_counts = torch.zeros(num_classes, device=device)
-        if self.num_samples is not None and self.past.shape[1] == 0:
-            _check_size("past predictions", self.num_samples, num_classes, 2)
-            self.past = torch.zeros(self.num_samples, num_classes, dtype=torch.float16, device=device)
+        if self.past is not None and self.past.mean.shape[1] == 0:
+            self.past.make_tables(num_classes, device)
         known = self.class_profiles.shape[1] if self.keeps_profiles else num_classes
         if known != num_classes:
             raise ValueError(f"input must have {known} classes, as before, got {num_classes}; make a new loss")
 
-    def is_in(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Whether a checkpoint has these tables; if not, empty ones are put there."""
-        empty = LearnedSpread(self.kinds, self.num_samples).state_dict(prefix=prefix)
-        found = set(empty) <= set(state_dict)
-        for name, table in empty.items():
-            state_dict.setdefault(name, table)
-        return found
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow moves between devices but keep the dtypes."""
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call, no-any-return]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the sizes of the checkpoint's tables: they may have been made already, or not yet."""
-        for name, buffer in self.named_buffers(recurse=False):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.dim() == buffer.dim() and 0 in (*saved.shape, *buffer.shape):
-                setattr(self, name, buffer.new_empty(saved.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def emptied(self) -> LearnedSpread:
+        """The same, as it was made."""
+        return LearnedSpread(self.kinds, None if self.past is None else len(self.past.visits))
 
     def extra_repr(self) -> str:
         """Show the options."""
@@ -182,9 +144,9 @@ def _like_logits(flat: Tensor, rows: Rows) -> Tensor:
     return flat.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-def _check_size(what: str, rows: int, num_classes: int, size: int) -> None:
-    if rows * num_classes > MOST_NUMBERS:
+def _check_size(num_classes: int) -> None:
+    if num_classes**2 > MOST_NUMBERS:
         raise ValueError(
-            f"the {what} of {rows:,} x {num_classes:,} numbers would take {rows * num_classes * size / 2**30:.3g} GiB; "
-            "choose spread='neighbours', which remembers nothing"
+            f"class profiles of {num_classes:,} x {num_classes:,} numbers would take {num_classes**2 * 4 / 2**30:.3g} "
+            "GiB; choose spread='neighbours', which remembers nothing"
         )

@@ -6,24 +6,34 @@ import torch
 from torch import Tensor
 
 from softlabels import kernels
+from softlabels.kernels import LinearLogits
 
 RANK_BY = ("max", "true_class")
 
 
-def log_odds(logits: Tensor, target: Tensor, rank_by: str, known: kernels.Statistics | None = None) -> Tensor:
+def log_odds(
+    logits: Tensor | LinearLogits,
+    target: Tensor,
+    rank_by: str,
+    known: kernels.Statistics | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:
     """Log-odds log(c / (1 - c)) of the confidence c of each row; shape (N, d1, ...), at least float32.
 
     Ordering by log-odds is ordering by confidence, but where float32 confidences round to 1 and would tie, their
     log-odds still differ.
 
     Args:
-        logits: (N, K) or (N, K, d1, ...).
+        logits: (N, K) or (N, K, d1, ...); LinearLogits (N, K) are computed block by block.
         target: Class indices of row shape, or class probabilities of the shape of ``logits``. Indices outside
             [0, K), such as ignore_index, give a meaningless but valid score.
         rank_by: ``"max"``: c is the largest class probability (paper sec. 6). ``"true_class"``: c is the probability
             of the label (the paper's published scripts); for class probabilities y as the target, sum_c y_c p_c.
         known: Statistics of the logits, if somebody has them.
+        counted: False for rows of LinearLogits that need no score, and get 0.
     """
+    if isinstance(logits, LinearLogits):
+        return kernels.by_blocks(lambda x, y: log_odds(x, y, rank_by), logits, target, counted=counted)
     with torch.no_grad():
         known = kernels.statistics(logits.detach()) if known is None else known
         if rank_by == "max":

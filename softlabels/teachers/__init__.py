@@ -1,6 +1,5 @@
 """Teachers, and how a loss gets at the batch that its model has just seen."""
 
-from softlabels.teachers.attachment import Attachment
 from softlabels.teachers.ema import EMATeacher
 
-__all__ = ["Attachment", "EMATeacher"]
+__all__ = ["EMATeacher"]

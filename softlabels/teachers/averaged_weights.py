@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,41 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 CONTAINERS = frozenset((dict, list, set, collections.deque))
+PLAIN = frozenset((Tensor, nn.Parameter))
 
 
-class Parts(NamedTuple):
-    """The modules of a model and their parameters by name, each once. The names of modules end in a dot."""
+class Parts:
+    """The modules of a model, its parameters and running statistics by name, each once, found in one walk.
 
-    modules: dict[str, nn.Module]
-    parameters: dict[str, nn.Parameter]
+    FSDP2 parameters are as they are kept between passes. Names have slashes for dots, since
+    torch.distributed.checkpoint looks each entry of a state up as an attribute; those of modules end in one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: dict[str, nn.Module] = {}
+        self._walk("", model, set())
+        self.reshard()
+        seen: set[int] = set()
+        self.parameters = {
+            prefix + name: parameter
+            for prefix, module in self.modules.items()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and not (id(parameter) in seen or seen.add(id(parameter)))  # type: ignore[func-returns-value]
+        }
+
+    def _walk(self, prefix: str, module: nn.Module, seen: set[nn.Module]) -> None:
+        if module not in seen:
+            seen.add(module)
+            self.modules[prefix] = module
+            for name, child in module._modules.items():
+                if child is not None:
+                    self._walk(f"{prefix}{name}/", child, seen)
+
+    def reshard(self) -> None:
+        """Let FSDP2 put its parameters away."""
+        for module in self.modules.values():
+            if hasattr(type(module), "reshard"):
+                module.reshard()  # type: ignore[operator]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that have averages."""
@@ -36,33 +64,9 @@ class Parts(NamedTuple):
         return {prefix + name: t for prefix, norm in norms for name, t in norm._buffers.items() if t is not None}
 
 
-def parts(model: nn.Module) -> Parts:
-    """What a model is made of, in one walk, with FSDP2 parameters as they are kept between passes."""
-    modules: dict[str, nn.Module] = {}
-    parameters: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
-    while waiting:
-        prefix, module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if hasattr(type(module), "reshard"):
-            module.reshard()  # type: ignore[operator]
-        modules[prefix] = module
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                parameters[prefix + name] = parameter
-        if module._modules:
-            children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
-            waiting += reversed(children)
-    return Parts(modules, parameters)
-
-
 @contextlib.contextmanager
 def averaged(
-    found: Parts, averages: dict[str, Tensor], statistics: dict[str, Tensor], training: frozenset[int] | None
+    found: Parts, averages: dict[str, Tensor], statistics: dict[str, Tensor], training: set[int] | None, stream: int
 ) -> Iterator[None]:
     """Let a model be run with other weights: grad must be disabled.
 
@@ -71,43 +75,45 @@ def averaged(
         averages: Values by parameter name, of any dtype; the other parameters stay as they are.
         statistics: The teacher's own running statistics by name, which the pass may change.
         training: The modules that are in training mode, by id; None: as they are.
+        stream: The number of its random stream; torch's generators are left as they were.
     """
-    modules, parameters = found.modules.values(), found.parameters
-    attributes = [module.__dict__ for module in modules]
+    attributes = [module.__dict__ for module in found.modules.values()]
     noted = [(held, held.copy()) for own in attributes for held in (own, *own.values()) if type(held) in CONTAINERS]
-    values = {name: parameters[name].data for name in averages}
-    sharded = {name: local(value).clone() for name, value in values.items() if is_sharded(value)}
-    cast = [p for p in parameters.values() if p.requires_grad and not is_sharded(p)] if _autocasts() else []
+    exchanged = [(found.parameters[name], average) for name, average in averages.items()]
+    sharded = [(local(p.data), local(p.data).clone(), local(average)) for p, average in exchanged if is_sharded(p)]
+    whole = [(p, p.data, average) for p, average in exchanged if not is_sharded(p)]
+    cast = [p for p in found.parameters.values() if p.requires_grad and not is_sharded(p)] if _autocasts() else []
+    states = [(generator, generator.get_state()) for generator in _generators(found.parameters.values())]
+    seed = torch.initial_seed() ^ (0x5EED << 32 | stream)
     caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
+        for generator, _ in states:
+            generator.manual_seed(seed)
         if training is not None:
-            for module in modules:
-                module.__dict__["training"] = id(module) in training
+            for own, module in zip(attributes, found.modules.values(), strict=True):
+                own["training"] = id(module) in training
         _exchange_buffers(found, statistics)
         for parameter in cast:
             parameter.requires_grad = False  # autocast neither reads nor writes its cache for it
-        for name, average in averages.items():
-            if name in sharded:
-                local(values[name]).copy_(local(average))
-            else:
-                dtype = values[name].dtype
-                parameters[name].data = average if average.dtype == dtype else average.to(dtype)
+        for shard, _, average in sharded:
+            shard.copy_(average)
+        for parameter, value, average in whole:
+            parameter.data = average if average.dtype is value.dtype else average.to(value.dtype)
         yield
-        if statistics:
-            statistics.update({name: now for name, now in found.statistics().items() if name in statistics})
+        now = found.statistics()
+        statistics.update({name: now[name].to(tensor.dtype) for name, tensor in statistics.items() if name in now})
     finally:
-        for module in modules:
-            if hasattr(type(module), "reshard"):
-                module.reshard()  # type: ignore[operator]
+        found.reshard()
         parametrize._cache_enabled = caching
-        for name, value in values.items():
-            if name in sharded:
-                local(value).copy_(sharded[name])
-            else:
-                parameters[name].data = value
+        for shard, value, _ in sharded:
+            shard.copy_(value)
+        for parameter, value, _ in whole:
+            parameter.data = value
         for parameter in cast:
             parameter.requires_grad = True
         _put_back(noted)
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _autocasts() -> bool:
@@ -134,21 +140,19 @@ def _exchange_buffers(found: Parts, statistics: dict[str, Tensor]) -> None:
 
 def _put_back(noted: list[tuple[Any, Any]]) -> None:
     for held, contents in noted:
-        if not held and not contents:
-            continue
-        if isinstance(held, dict):
+        if type(held) is dict:
             held.update(contents)
             if len(held) > len(contents):
                 for name in held.keys() - contents.keys():
                     del held[name]
-        else:
+        elif held or contents:
             held.clear()
             (held.update if isinstance(held, set) else held.extend)(contents)
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, told without importing torch.distributed.tensor."""
-    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "device_mesh")
+    return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any) -> Tensor:
@@ -166,23 +170,12 @@ def laid_out_as(tensor: Any, like: Any) -> Tensor:
     return whole.to(like.device)  # type: ignore[no-any-return]
 
 
-@contextlib.contextmanager
-def own_randomness(parameters: Iterable[Tensor], stream: int) -> Iterator[None]:
-    """Draw from a random stream of one's own, and leave torch's generators as they were."""
+def _generators(parameters: Iterable[Tensor]) -> list[torch.Generator]:
+    """Torch's own, for the CPU and for each accelerator that is in use."""
     generators = [torch.default_generator]
-    for device in {parameter.device for parameter in parameters}:
+    for device in {parameter.device for parameter in parameters} if torch.accelerator.is_available() else ():
         if device.type not in ("cpu", "meta"):
             backend: Any = torch.get_device_module(device)
-            own = hasattr(backend, "default_generators")
-            generators.append(
-                backend.default_generators[device.index or 0] if own else backend._get_default_mps_generator()
-            )
-    states = [generator.get_state() for generator in generators]
-    seed = torch.initial_seed() ^ (0x5EED << 32 | stream)
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+            mps = device.type == "mps"
+            generators.append(backend._get_default_mps_generator() if mps else backend.default_generators[device.index])
+    return generators

@@ -6,31 +6,25 @@ import copy
 import types
 import warnings
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softlabels.functional import _checks
-from softlabels.teachers.averaged_weights import (
-    Parts,
-    averaged,
-    laid_out_as,
-    local,
-    own_randomness,
-    parts,
-)
+from softlabels import _checks
+from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, is_sharded, laid_out_as, local
 from softlabels.teachers.steps import Steps
-from softlabels.teachers.structures import check_model, unwrap
+from softlabels.teachers.structures import check_model, copied_layers, unwrap
 
-KINDS, COUNTERS = ("averages", "statistics"), ("num_updates", "num_passes")
+AVERAGES, STATISTICS = "averages/", "statistics/"  # in a checkpoint
+COUNTERS = ("num_updates", "num_passes")
 
 
 class EMATeacher(nn.Module):
     r"""A model, run with an exponential moving average of the weights that are trained.
 
-    At the t-th update (t = 1, 2, ...), with $d_t = \min(1 - 1 / (t + 1), \mathtt{decay})$,
+    At the t-th update (t = 1, 2, ...), with $d_t = \min(1 - w / (t + w), \mathtt{decay})$ and $w$ the ``warmup``,
 
     $$\theta' \leftarrow d_t\, \theta' + (1 - d_t)\, \theta.$$
 
@@ -48,6 +42,9 @@ class EMATeacher(nn.Module):
             holds no strong reference to it, and has no parameters or buffers that an optimizer or another average
             would find.
         decay: The largest decay, in [0, 1).
+        warmup: $w$, at least 1. Until ``decay`` is reached, the average is over about the last $1 / w$ of the run. 1 is
+            Mean Teacher's schedule, an even mean over the whole run. With 10, a run of 500 steps and one of 5,000
+            need no different ``decay``.
         mode: ``"train"``: the teacher's pass uses batch statistics and dropout where the model's does, as in Mean
             Teacher; called by hand after ``teacher.eval()``, it does not. ``"eval"``: it never does, and uses the
             model's running statistics.
@@ -60,7 +57,8 @@ class EMATeacher(nn.Module):
 
     Raises:
         TypeError: ``model`` or ``module`` is no module, or of a kind whose weights cannot be exchanged.
-        ValueError: ``decay`` or ``mode`` is out of range, or the model has parameters that are not yet initialised.
+        ValueError: ``decay``, ``warmup`` or ``mode`` is out of range, or the model has parameters that are not yet
+            initialised.
 
     Example:
         >>> import torch
@@ -77,26 +75,37 @@ class EMATeacher(nn.Module):
         Tarvainen & Valpola, *Mean teachers are better role models*, NeurIPS 2017.
     """
 
+    __setattr__ = object.__setattr__  # type: ignore[assignment]  # nothing in it is a parameter, buffer or submodule
+
     def __init__(
-        self, model: nn.Module | None, decay: float = 0.999, *, mode: str = "train", module: nn.Module | None = None
+        self,
+        model: nn.Module | None,
+        decay: float = 0.999,
+        *,
+        warmup: float = 1.0,
+        mode: str = "train",
+        module: nn.Module | None = None,
     ) -> None:
         super().__init__()
         _checks.check_number("decay", decay, low=0.0, high=1.0, high_open=True)
+        _checks.check_number("warmup", warmup, low=1.0, high_open=True)
         _checks.check_choice("mode", mode, ("train", "eval"))
         if not isinstance(module, (nn.Module, types.NoneType)):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        self.decay, self.mode = decay, mode
-        self.__dict__["module"] = module  # not a submodule: neither saved nor moved nor trained with the teacher
+        self.decay, self.warmup, self.mode = decay, warmup, mode
+        self.module = module
         self._source: weakref.ref[nn.Module] | None = None
         self._steps: weakref.ref[Steps] | None = None
         self._num_updates = 0
         self._num_passes = 0  # the seed of each pass's own random stream
         self._averages: dict[str, Tensor] = {}
         self._statistics: dict[str, Tensor] = {}
-        self._begun = False  # whether there was a training pass
+        self._fitted: tuple[object, object] = (None, None)  # averages that are where parameters like these are
+        self._runs = False
+        self.modes: set[int] | None = None  # the modules in training mode at the last training pass, by id
         if model is not None:
             self.follow(model)
-        if module is not None and not self._averages.keys() <= parts(module).parameters.keys():
+        if module is not None and not self._averages.keys() <= Parts(module).parameters.keys():
             raise ValueError("module does not have the parameters of model by their names")
 
     @property
@@ -107,12 +116,8 @@ class EMATeacher(nn.Module):
     @property
     def num_updates(self) -> int:
         """How many times the model was averaged in: steps between two looks, such as training passes, are one."""
-        self.take_in()
+        self.look()
         return self._num_updates
-
-    @num_updates.setter
-    def num_updates(self, value: int) -> None:
-        self._num_updates = value
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -120,9 +125,10 @@ class EMATeacher(nn.Module):
 
         Until the first update they are the model's parameters, copied.
         """
+        averages = self._averages
         if self.num_updates == 0 and self.source is not None:
-            return _averages_of(parts(self.source))
-        return dict(self._averages)
+            averages = _averages_of(Parts(self.source))
+        return {name.replace("/", "."): average for name, average in averages.items()}
 
     def follow(self, model: nn.Module) -> None:
         """Follow ``model`` from now on, as a teacher that was copied or unpickled must be told.
@@ -132,19 +138,21 @@ class EMATeacher(nn.Module):
 
         Raises:
             TypeError: the model is no module, or of a kind whose weights cannot be exchanged.
-            ValueError: the parameters differ, or are not yet initialised.
+            ValueError: a parameter is not yet initialised.
+            RuntimeError: parameters that have averages are missing.
         """
         check_model(model)
         source = unwrap(model)
-        found = parts(source)
-        for name, parameter in found.parameters.items():
+        found = Parts(source)
+        for name, parameter in source.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(
                     f"model has a parameter that is not initialised yet, {name!r}; run one forward pass before the "
                     "teacher is made"
                 )
-        if not _fits(self._averages, found.parameters):
-            raise ValueError("model does not have the parameters of the model that this EMATeacher was made from")
+        for name, _ in source.named_buffers():  # of which the first version had copies
+            self._averages.pop(name.replace(".", "/"), None)
+        self._fit(found)
         self._source, self._steps = weakref.ref(source), None
         if not self._num_updates:
             self._begin(found)
@@ -154,37 +162,23 @@ class EMATeacher(nn.Module):
 
         Losses that share this teacher share one, so that it moves once per step.
         """
-        steps = self._running_steps()
+        steps = self._following
         if steps is not None and optimizer is not None:
             raise ValueError("optimizer cannot be given: this EMATeacher already follows the steps of its model")
         steps = steps or Steps(self._present(), optimizer)
         self._steps = weakref.ref(steps)
         return steps
 
-    def begin_pass(self) -> frozenset[int] | None:
-        """Take in what was noted, at a training pass of the model. Which modules are in training mode, by id.
+    def look(self, *, passing: bool = False) -> bool:
+        """Take in what has happened to the model: a step, or weights that were loaded. Whether there was a step.
 
-        At the first one the average is the model, whatever was loaded or broadcast since it was attached.
+        ``passing``: at a training pass. At the first one the average is the model, whatever was loaded or broadcast
+        since it was attached.
         """
-        source, steps = self.source, self._running_steps()
-        if source is None or steps is None:
-            return None
-        found = parts(source)
-        self._take_in(steps, found, passing=True)
-        if self._num_updates == 0:
-            trained = found.trained()
-            if not (self._begun and self._averages.keys() == trained.keys() and _fits(self._averages, trained)):
-                check_model(source)
-                self._begin(found)
-        self._begun = True
-        return frozenset(id(module) for module in found.modules.values() if module.training)
-
-    def take_in(self) -> bool:
-        """Take in what was noted: a step, or weights that were loaded. Whether there was a step."""
-        source, steps = self.source, self._running_steps()
-        return source is not None and steps is not None and self._take_in(steps, parts(source), passing=False)
-
-    def _take_in(self, steps: Steps, found: Parts, *, passing: bool) -> bool:
+        source, steps = self.source, self._following
+        if source is None or steps is None or self._runs:
+            return False
+        found = Parts(source)
         if steps.loaded():
             if self._num_updates:
                 warnings.warn(
@@ -193,16 +187,25 @@ class EMATeacher(nn.Module):
                     stacklevel=2,
                 )
             self.restart()
-        stepped = steps.taken(found.parameters, passing)
-        if stepped:
+        stepped = steps.taken(found, passing)
+        if steps.by_hand and self._num_updates and self._is_lost(found):
+            warnings.warn("the average of the weights is NaN, and they are not: it restarts from them", stacklevel=2)
+            self.restart()
+        elif stepped:
             self._average(found)
+        if passing and self._num_updates == 0 and not (steps.begun and _alike(self._averages, found.trained())):
+            check_model(source)
+            self._begin(found)
+        if passing:
+            steps.begun = True
+            self.modes = {id(module) for module in found.modules.values() if module.training}
         return stepped
 
     def restart(self) -> None:
         """Begin again from the model's present weights and statistics, with no updates made."""
         self._num_updates = self._num_passes = 0
-        self._begin(parts(self._present()))
-        self._forget_steps()
+        self._begin(Parts(self._present()))
+        self._forget(restored=False)
 
     def update(self) -> None:
         """Average the model's present parameters in; call it after each optimizer step.
@@ -213,33 +216,40 @@ class EMATeacher(nn.Module):
         Raises:
             RuntimeError: the model is gone, or has no longer the parameters that are averaged.
         """
-        if not self.take_in():
-            self._average(parts(self._present()))
+        if not self.look():
+            self._average(Parts(self._present()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the averaged model without a graph and without touching torch's random generators."""
-        self.take_in()
-        if torch.compiler.is_compiling():
-            return torch._dynamo.disable(self.run)(args, kwargs)  # type: ignore[no-untyped-call]
-        return self.run(args, kwargs)
+        self.look()
+        run = torch._dynamo.disable(self.run) if torch.compiler.is_compiling() else self.run  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False), torch.no_grad():
+            return run(args, kwargs)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: frozenset[int] | None = None) -> Any:
-        """Run the averaged model, with these modules in training mode; None: as they are, or as ``eval()`` says."""
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: set[int] | None = None) -> Any:
+        """Run the averaged model, with these modules in training mode; None: as they are, or as ``eval()`` says.
+
+        Grad must be disabled.
+        """
         model = self._present()
-        found = parts(model)
+        found = Parts(model)
         self._fit(found)
-        stream, self._num_passes = self._num_passes, self._num_passes + 1
-        with torch.inference_mode(False), torch.no_grad(), own_randomness(found.parameters.values(), stream):
-            if self.module is not None:
-                for name, parameter in self.module.named_parameters():
-                    if name in self._averages:
-                        local(parameter.data).copy_(local(laid_out_as(self._averages[name], parameter)))
-                return self.module(*args, **kwargs)
-            if self.mode == "eval" or (training is None and not self.training):
-                training = frozenset()
-            averages = self._averages if self._num_updates else {}
-            with averaged(found, averages, {} if self.mode == "eval" else self._statistics, training):
-                return model(*args, **kwargs)
+        averages = self._averages if self._num_updates else {}
+        if self.module is not None:
+            model, found, training = self.module, Parts(self.module), None
+            averages = {name: laid_out_as(average, found.parameters[name]) for name, average in self._averages.items()}
+        if self.mode == "eval" or (training is None and not self.training):
+            training = set()
+        statistics = {} if self.mode == "eval" else self._statistics
+        self._num_passes += 1
+        self._runs = True  # and what the model calls of itself with grad is no training pass
+        try:
+            with averaged(found, averages, statistics, training, self._num_passes - 1):
+                result = model(*args, **kwargs)
+                sharded = any(is_sharded(parameter) for parameter in found.parameters.values())
+                return copied_layers(result) if sharded else result
+        finally:
+            self._runs = False
 
     def averaged_model(self) -> nn.Module:
         """A copy of the model that has the averages as its weights, in eval mode: for evaluation and export.
@@ -251,8 +261,8 @@ class EMATeacher(nn.Module):
             RuntimeError: ``forward`` of the model was replaced by a function, which may refer to the model.
             AssertionError: the model is sharded, and FSDP2 lets nobody copy it; see ``averages`` for the weights.
         """
-        averages, model = self.averages, self._present()
-        memo: dict[int, Any] = {}
+        self.look()
+        model, memo = self._present(), {}
         for module in model.modules():
             if not isinstance(vars(module).get("forward", module.forward), types.MethodType):
                 raise RuntimeError(
@@ -261,14 +271,15 @@ class EMATeacher(nn.Module):
                 )
             results = [value for value in vars(module).values() if isinstance(value, Tensor)]  # have graphs: no copies
             memo.update({id(value): value.detach().clone() for value in results})
-        twin = copy.deepcopy(model, memo).eval()
-        nn.Module.load_state_dict(twin, {**averages, **self._statistics}, strict=False)
-        return twin
+        averages = self._averages if self._num_updates else {}
+        with torch.no_grad(), averaged(Parts(model), averages, self._statistics, set(), 0):
+            return copy.deepcopy(model, memo)
 
     def extra_repr(self) -> str:
         """Show the options."""
         name = "no model" if self.source is None else type(self.source).__name__
-        return f"{name}, decay={self.decay}, mode={self.mode!r}, num_updates={self.num_updates}"
+        warmup = "" if self.warmup == 1.0 else f", warmup={self.warmup:g}"
+        return f"{name}, decay={self.decay}{warmup}, mode={self.mode!r}, num_updates={self.num_updates}"
 
     def _present(self) -> nn.Module:
         source = self.source
@@ -279,112 +290,110 @@ class EMATeacher(nn.Module):
             )
         return source
 
-    def _running_steps(self) -> Steps | None:
+    @property
+    def _following(self) -> Steps | None:
         return None if self._steps is None else self._steps()
 
-    def _forget_steps(self, *, restored: bool = False) -> None:
+    def _forget(self, *, restored: bool) -> None:
         """Drop steps that were not taken in yet: the state is another from now on."""
-        self._begun = False
-        steps = self._running_steps()
-        if steps is not None:
-            steps.forget(restored=restored)
+        if self._following is not None:
+            self._following.forget(restored=restored)
 
     def _begin(self, found: Parts) -> None:
         """Let averages and, before the first pass, running statistics be the model's."""
         self._averages = _averages_of(found)
         if self._num_passes == 0:
-            self._statistics = {name: tensor.detach().clone() for name, tensor in found.statistics().items()}
+            self._statistics = {key: tensor.detach().clone() for key, tensor in found.statistics().items()}
 
     def _fit(self, found: Parts) -> None:
         """Bring each average to where its parameter is, and raise if the model has no parameter like it."""
+        layout = [(name, p.shape, p.dtype, p.device, type(p)) for name, p in found.parameters.items()]
+        if self._fitted[0] is self._averages and self._fitted[1] == layout:
+            return
         for name, average in self._averages.items():
             parameter = found.parameters.get(name)
             if parameter is None or parameter.shape != average.shape:
                 now = "is gone" if parameter is None else f"has shape {tuple(parameter.shape)} now"
                 raise RuntimeError(
-                    f"the model has changed since its average was begun: its parameter {name!r} of shape "
-                    f"{tuple(average.shape)} {now}; call criterion.detach() and criterion.attach(model), or restart() "
-                    "of an EMATeacher on its own, to begin a new one"
+                    f"the model has changed since its average was begun: its parameter {name.replace('/', '.')!r} of "
+                    f"shape {tuple(average.shape)} {now}; call criterion.detach() and criterion.attach(model), or "
+                    "restart() of an EMATeacher on its own, to begin a new one"
                 )
-            moved = average.dtype != parameter.dtype or average.device != parameter.device
-            if moved or (type(average) is Tensor) != (type(parameter) is nn.Parameter):  # or sharded
-                self._averages[name] = laid_out_as(average.to(_precise(parameter.dtype)), parameter)
+            precise = torch.promote_types(parameter.dtype, torch.float32)
+            self._averages[name] = laid_out_as(average.to(precise), parameter)
+        self._fitted = self._averages, layout
+
+    def _is_lost(self, found: Parts) -> bool:
+        """Whether averages have become NaN or infinite, and the weights not, as somebody has put them back."""
+        weights = [parameter for name, parameter in found.parameters.items() if name in self._averages]
+        return all(type(p) in PLAIN and bool(p.sum().isfinite()) for p in weights) and not all(
+            bool(average.sum().isfinite()) for average in self._averages.values()
+        )
 
     @torch.no_grad()
     def _average(self, found: Parts) -> None:
         self._fit(found)
         self._averages.update(_averages_of(found, but=self._averages))
         self._num_updates += 1
-        decay = min(1.0 - 1.0 / (self._num_updates + 1), self.decay)
+        decay = min(1.0 - self.warmup / (self._num_updates + self.warmup), self.decay)
         averages = [local(average) for average in self._averages.values()]
         if averages:
             torch._foreach_mul_(averages, decay)
-            torch._foreach_add_(averages, [local(found.parameters[name]) for name in self._averages], alpha=1.0 - decay)
+            torch._foreach_add_(averages, [local(found.parameters[key]) for key in self._averages], alpha=1.0 - decay)
 
     def _entries(self) -> dict[str, Tensor]:
         """What a checkpoint holds: tensors alone."""
-        entries = {_key("averages", name): average for name, average in self._averages.items()}
-        entries.update({_key("statistics", name): tensor for name, tensor in self._statistics.items()})
-        return {**entries, **{name: torch.tensor(getattr(self, "_" + name)) for name in COUNTERS}}
+        counters = {name: torch.tensor(getattr(self, f"_{name}")) for name in COUNTERS}
+        averages = {AVERAGES + name: average for name, average in self._averages.items()}
+        return {**averages, **{STATISTICS + name: tensor for name, tensor in self._statistics.items()}, **counters}
 
     def __getattr__(self, name: str) -> Any:
         entries = self._entries() if "/" in name or name in COUNTERS else {}
         return entries[name] if name in entries else super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.take_in()
+        self.look()
         destination.update({prefix + key: value for key, value in self._entries().items()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _, _, missing_keys, unexpected_keys, error_msgs = args
-        state = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        source = self.source
-        own, found = self._entries(), Parts({}, {}) if source is None else parts(source)
-        others = {} if source is None else dict(source.named_buffers())  # which the first version saved too
-        if "_extra_state" in state:
-            state = {k: v for k, v in _from_copies(state).items() if k in own or source is None}
-        wanted = {**self._averages, **self._statistics, **found.parameters, **found.statistics()}
-        names = {name.replace(".", "/"): name for name in wanted}
-        for key, value in state.items():
-            kind, _, name = key.partition("/")
-            name = names.get(name, name.replace("/", "."))
-            if key in COUNTERS:
-                setattr(self, f"_{key}", int(value))
-            elif kind not in KINDS or (name not in wanted and source is not None):
-                unexpected_keys += [] if name in others else [prefix + key]
-            elif name in wanted and wanted[name].shape != value.shape:
-                shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(wanted[name].shape)} in the model"
-                error_msgs.append(f"size mismatch for {key}: {shapes}")
-            else:
-                value = laid_out_as(value, wanted[name]) if name in wanted else value
-                getattr(self, f"_{kind}")[name] = value.detach().clone()
-        missing_keys += [prefix + key for key in own if key not in state]
-        self._forget_steps(restored=True)
+        state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        state = _from_copies(state) if "_extra_state" in state else state
+        own, source, new = self._entries(), self.source, state  # without a model, whatever is there
+        if source is not None:
+            found = Parts(source)
+            new = {AVERAGES + name: _precise(p) for name, p in found.parameters.items() if AVERAGES + name in state}
+            new.update({STATISTICS + name: tensor for name, tensor in found.statistics().items()})
+            for name, _ in source.named_buffers():  # of which the first version had copies
+                state.pop(AVERAGES + name.replace(".", "/"), None)
+        own.update({key: tensor.clone() for key, tensor in new.items() if key in state and key not in own})
+        self._buffers: dict[str, Tensor | None] = {**own}
+        state = {prefix + key: laid_out_as(value, own.get(key, value)) for key, value in state.items()}
+        super()._load_from_state_dict(state, prefix, {}, *args[1:])
+        self._buffers = {}
+        self._num_updates, self._num_passes = (int(own[name]) for name in COUNTERS)
+        self._averages, self._statistics = (
+            {key.removeprefix(kind): tensor for key, tensor in own.items() if key.startswith(kind)}
+            for kind in (AVERAGES, STATISTICS)
+        )
+        self._forget(restored=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy follows no model until it is told to."""
-        self.take_in()
+        self.look()
         return {**self.__dict__, "_source": None, "_steps": None}
 
 
-def _key(kind: str, name: str) -> str:
-    """A name without dots: torch.distributed.checkpoint looks each entry up as an attribute."""
-    return f"{kind}/{name.replace('.', '/')}"
+def _alike(tensors: dict[str, Tensor], others: dict[str, nn.Parameter]) -> bool:
+    return {key: t.shape for key, t in tensors.items()} == {key: t.shape for key, t in others.items()}
 
 
-def _fits(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether each of the first has the shape of one of its name."""
-    return all(name in others and others[name].shape == tensor.shape for name, tensor in tensors.items())
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _precise(parameter: Tensor) -> Tensor:
+    """A copy in at least float32."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
 
 
 def _averages_of(found: Parts, but: Container[str] = ()) -> dict[str, Tensor]:
-    """Copies of the parameters that are trained, in at least float32."""
-    trained = {name: parameter.detach() for name, parameter in found.trained().items() if name not in but}
-    return {name: parameter.to(_precise(parameter.dtype), copy=True) for name, parameter in trained.items()}
+    return {key: _precise(parameter) for key, parameter in found.trained().items() if key not in but}
 
 
 def _from_copies(state: dict[str, Any]) -> dict[str, Any]:
@@ -396,5 +405,5 @@ def _from_copies(state: dict[str, Any]) -> dict[str, Any]:
         if kind == "module":
             own = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
             average = state.get("average_" + name.replace(".", "__"), value)
-            new[_key("statistics" if own else "averages", name)] = average
+            new[(STATISTICS if own else AVERAGES) + name.replace(".", "/")] = average
     return new

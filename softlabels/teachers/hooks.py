@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-OPTIONS = ("_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+HELD = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
 class Hook:
@@ -43,6 +42,11 @@ def hang(target: object, method: str, register: Callable[..., Any], **options: A
     return weakref.finalize(target, register(Hook(target, method), **options).remove)
 
 
+def hooks_of(model: nn.Module | None) -> list[int]:
+    """The keys of the hooks of this package on a model."""
+    return [key for name in HELD[:2] for key, hook in getattr(model, name).items() if isinstance(hook, Hook)]
+
+
 class Scriptable:
     """What torch.jit.script calls as ``model.__prepare_scriptable__()``: the model without hooks.
 
@@ -55,7 +59,7 @@ class Scriptable:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
 
-    def __call__(self) -> nn.Module:
+    def __call__(self) -> nn.Module | None:
         """Return a shallow copy.
 
         Raises:
@@ -66,21 +70,17 @@ class Scriptable:
                 "a part of the module is attached to a loss, which torch.jit.script would undo; script a copy: "
                 "torch.jit.script(copy.deepcopy(module))"
             )
-        model = self._model()
-        assert model is not None
-        twin = copy.copy(model)
-        twin.__dict__.pop(self.NAME)
-        twin.__dict__["_modules"] = dict(model._modules)
-        for name in HOOKS:
-            kept = {key: hook for key, hook in getattr(model, name).items() if not isinstance(hook, Hook)}
-            twin.__dict__[name] = collections.OrderedDict(kept)
+        twin = copy.copy(self._model())
+        ours = set(hooks_of(twin))
+        del twin.__dict__[self.NAME]
+        for name in ("_modules", *HELD):
+            twin.__dict__[name] = {key: held for key, held in twin.__dict__[name].items() if key not in ours}
         return twin
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """In a copy, a function that returns the copy; to make it takes the hooks out."""
         model = self._model()
-        ours = [key for name in HOOKS for key, hook in getattr(model, name).items() if isinstance(hook, Hook)]
-        taken = [_Taken(getattr(model, name), key) for name in HOOKS + OPTIONS for key in ours]
+        taken = [_Taken(getattr(model, name), key) for name in HELD for key in hooks_of(model)]
         return functools.partial, (operator.itemgetter(0), (model, *taken))
 
 

@@ -7,48 +7,34 @@ as its graph. It says which output of the pass it is; the way to it says which r
 
 from __future__ import annotations
 
-import sys
+import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from softlabels.teachers.hooks import Scriptable, hang
-from softlabels.teachers.structures import Output, outputs, rebuilt
+from softlabels.kernels import LinearLogits
+from softlabels.teachers.hooks import Scriptable, hang, hooks_of
+from softlabels.teachers.structures import Logits, Output, outputs, rebuilt, rows_of
+
+if TYPE_CHECKING:
+    from softlabels.teachers.ema import EMATeacher
+    from softlabels.teachers.steps import Steps
 
 Node = Any  # torch.autograd.graph.Node, and what it saved
 Way = Any  # from a mark to a loss's input, () or: (node, which of its outputs, from which of its inputs, the rest)
 
 COMPILED = "CompiledFunctionBackward"
-MOVING = {
-    *("AsStrided", "Cat", "Flip", "Gather", "Index", "IndexSelect", "MaskedSelect"),
-    *("Roll", "Rot90", "Sort", "Stack", "Take", "Topk"),
-}
-WRITING = {
-    "IndexAdd",
-    "IndexCopy",
-    "IndexPut",
-    "MaskedScatter",
-    "Scatter",
-    "ScatterAdd",
-}  # their others into their first
+MOVING = set(
+    "AsStrided Cat Flip Gather Index IndexSelect MaskedSelect Roll Rot90 Sort Stack Take Topk".split()  # noqa: SIM905
+)
+WRITING = {"IndexAdd", "IndexCopy", "IndexPut", "MaskedScatter", "Scatter", "ScatterAdd"}  # others into their first
 RESHAPING = {"ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"}
-VIEWS = {  # what repeats them, and what their nodes know of its arguments
-    "Permute": ("permute", "dims"),
-    "Repeat": ("repeat", "repeats"),
-    "Select": ("select", "dim", "index"),
-    "Slice": ("slice", "dim", "start", "end", "step"),
-    "Split": ("split", "split_size", "dim"),
-    "SplitWithSizes": ("split_with_sizes", "split_sizes", "dim"),
-    "T": ("t",),
-    "Transpose": ("transpose", "dim0", "dim1"),
-    "Unbind": ("unbind", "dim"),
-}
+VIEWS = {"Permute", "Repeat", "Select", "Slice", "Split", "SplitWithSizes", "T", "Transpose", "Unbind"}
 
 
 class Pass:
@@ -57,11 +43,11 @@ class Pass:
     Args:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        training: The modules that are in training mode, by id; None where that is not known.
+        training: The modules in training mode, by id; None: not known.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: frozenset[int] | None) -> None:
-        self.answers: dict[int, Tensor] = {}  # by position in the output
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], training: set[int] | None) -> None:
+        self.answers: dict[int, Logits] = {}  # by position in the output
         self.args, self.kwargs, self.training = args, kwargs, training
         self.autocast = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in _device_types()]
         self.versions: list[tuple[Tensor, int]] = []
@@ -91,69 +77,93 @@ class Pass:
             )
         return self.args, self.kwargs
 
-    @contextmanager
-    def autocast_state(self) -> Iterator[None]:
-        """Restore the autocast state of the pass."""
-        with ExitStack() as stack:
-            for kind, enabled, dtype in self.autocast:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-            yield
+    def autocast_state(self) -> list[torch.autocast]:
+        """What to enter to restore the autocast state of the pass."""
+        return [
+            torch.autocast(kind, dtype=dtype, enabled=enabled)
+            for kind, enabled, dtype in self.autocast
+            if enabled or torch.is_autocast_enabled(kind)
+        ]
 
 
 class Passes:
     """Marks the training passes of a model for one loss, and finds them again.
 
     Args:
-        model: The model, not kept alive; what it calls of itself within a pass is no pass.
-        output: Where its logits are.
-        begin: Called before each training pass; tells which modules are in training mode.
+        model: The model, not kept alive. Of a model that calls itself the outermost pass is found, being nearest.
+        options: What attach was given: optimizer, teacher, where the logits are, and the function of inputs.
+        followed: EMA teachers, which take in what happened before each pass.
+        teacher: Who is asked about them.
     """
 
-    def __init__(self, model: nn.Module, output: Output, begin: Callable[[], frozenset[int] | None]) -> None:
-        self.model = weakref.ref(model)
-        self._output, self._begin = output, begin
+    def __init__(
+        self,
+        model: nn.Module,
+        options: tuple[Any, Any, Output, Any],
+        followed: list[tuple[EMATeacher, Steps]],
+        teacher: Any,
+    ) -> None:
+        self.model, self.options = weakref.ref(model), options
+        self.followed, self.teacher = followed, teacher
+        self.answers = 0
+        self._output = options[2]
+        self.computes = callable(self._output)  # and then the loss is given anything that is made of one pass
         self._key = object()
         self._running: dict[int, list[Pass | None]] = {}  # by thread: calls of the model that have not returned
         self._unmarked: tuple[Any, ...] = (None,) * 4  # passes, with outputs, of compiled hooks, which see no graph
-        self.hooks = (
+        self._hooks = (
             hang(self, "before", model.register_forward_pre_hook, prepend=True, with_kwargs=True),
             hang(self, "after", model.register_forward_hook, always_call=True),
         )
-        model.__dict__.setdefault(Scriptable.NAME, Scriptable(model))
+        if type(model).__reduce__ is object.__reduce__:  # a copy of a GraphModule knows nothing of the attribute
+            model.__dict__.setdefault(Scriptable.NAME, Scriptable(model))
+
+    def end(self) -> None:
+        """Remove every hook and release everything."""
+        model = self.model()
+        for teacher, _ in self.followed:
+            teacher.look()
+        self.followed = []
+        for remove in self._hooks:
+            remove()
+        if model is not None and not hooks_of(model):
+            model.__dict__.pop(Scriptable.NAME, None)
+
+    def begin(self) -> set[int] | None:
+        """Bring EMA teachers up to date before a pass of the model. Its modules in training mode, by id."""
+        for teacher, _ in self.followed:
+            teacher.look(passing=True)
+        return self.followed[0][0].modes if self.followed else None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         compiling = torch.compiler.is_compiling()
-        if not compiling and module is not self.model():
-            return  # a replica
-        running = self._running.setdefault(0 if compiling else threading.get_ident(), [])
-        if running and not compiling and not _is_nested(module):
-            running.clear()  # calls that were interrupted
-        counts = not running and module.training and torch.is_grad_enabled()
-        training = self._begin() if counts and not compiling else None
-        running.append(Pass(args, kwargs, training) if counts else None)
+        if compiling or module is self.model():  # and no replica
+            counts = module.training and torch.is_grad_enabled()
+            seen = Pass(args, kwargs, None if compiling else self.begin()) if counts else None
+            self._running.setdefault(0 if compiling else threading.get_ident(), []).append(seen)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """Forward hook."""
         compiling = torch.compiler.is_compiling()
         running = self._running.get(0 if compiling else threading.get_ident()) or self._running.get(0)
-        if not running or (not compiling and module is not self.model()):
-            return
-        seen = running.pop()
-        if seen is not None and compiling:
-            self._unmarked = ((seen, result), *self._unmarked[:3])
-        elif seen is not None:
-            self._mark(seen, result)
+        if running and (compiling or module is self.model()):
+            seen = running.pop()
+            if seen is not None and compiling:
+                self._unmarked = ((seen, result), *self._unmarked[:3])
+            elif seen is not None:
+                self._mark(seen, result)
 
     def _mark(self, seen: Pass, result: Any) -> None:
-        for position, tensor in outputs(result, None if callable(self._output) else self._output).items():
+        output = None if callable(self._output) else self._output
+        for position, logits in outputs(result, output).items():
+            tensor = rows_of(logits)
             if tensor.grad_fn is not None:
                 marks: dict[int, Any] = tensor.grad_fn.metadata.setdefault(self._key, {})  # type: ignore[attr-defined]
                 if tensor.output_nr not in marks or marks[tensor.output_nr][0] is not seen:
                     marks[tensor.output_nr] = (seen, position)
 
-    def find(self, logits: Tensor) -> tuple[Pass, int, Way, torch.Size] | None:
+    def find(self, logits: Logits) -> tuple[Pass, int, Way, torch.Size] | None:
         """The pass that logits came from, which of its outputs they were, the way, and the shape of that output.
 
         Raises:
@@ -162,7 +172,10 @@ class Passes:
         unmarked, self._unmarked = self._unmarked, (None,) * 4
         for entry in reversed([entry for entry in unmarked if entry is not None]):
             self._mark(*entry)
-        waiting: list[tuple[Node, int, Way]] = [(logits.grad_fn, logits.output_nr, ())]
+        for thread in (0, threading.get_ident()):
+            self._running.pop(thread, None)  # calls that were interrupted
+        start = rows_of(logits)
+        waiting: list[tuple[Node, int, Way]] = [(start.grad_fn, start.output_nr, ())]
         found: list[tuple[Pass, int, Way, torch.Size]] = []
         visited: set[Any] = {(None, 0)}
         for node, index, way in waiting:
@@ -179,14 +192,39 @@ class Passes:
                     if edge not in visited:
                         visited.add(edge)
                         waiting.append((*edge, (node, index, number, way)))
-        if len({(seen, callable(self._output) or position) for seen, position, _, _ in found}) > 1:
+        if len({(seen, self.computes or position) for seen, position, _, _ in found}) > 1:
             raise RuntimeError(
                 "the loss was given logits made of several outputs or training passes of the attached model; call it "
                 "for each and add up, or let attach(..., output=...) combine the outputs of one pass"
             )
-        if not found:
-            self._running.clear()  # whatever was interrupted inside a compiled model
         return found[0] if found else None
+
+
+def laid_out(answer: Logits, input: Logits, way: Way, shape: torch.Size) -> Logits | None:
+    """The teacher's logits, laid out as the model's were; None if it is not clear how.
+
+    Args:
+        answer: What the teacher returned.
+        input: What the loss was given.
+        way: How the model's logits, or the input of its last layer, came to the loss.
+        shape: Of these when they left the model.
+    """
+    if not isinstance(input, LinearLogits):
+        if isinstance(answer, LinearLogits):
+            return None
+        return same_rows(answer, way) if answer.shape == shape else answer
+    if not way:
+        return answer
+    if answer.shape[:-1] != shape[:-1]:
+        return None
+    places = torch.arange(shape[:-1].numel(), dtype=torch.int32, device=answer.device).view(*shape[:-1], 1)
+    moved = same_rows(places.expand(shape), way)  # whatever the width of the teacher's layer
+    if moved is None:
+        return None
+    index = moved[..., 0]
+    if isinstance(answer, LinearLogits):
+        return replace(answer, hidden=answer.hidden.flatten(0, -2)[index])
+    return answer.flatten(0, -2)[index]
 
 
 def same_rows(logits: Tensor, way: Way) -> Tensor | None:
@@ -205,10 +243,10 @@ def same_rows(logits: Tensor, way: Way) -> Tensor | None:
                 "teacher returns, or reorder the targets instead"
             )
         shape = _shape(node, index)
-        if name in VIEWS:
-            function, *arguments = VIEWS[name]
-            saved = [_signed(getattr(node, f"_saved_{argument}")) for argument in arguments]
-            views = getattr(torch.ops.aten, function)(logits, *saved)
+        if name in VIEWS:  # which is repeated with what its node knows of its arguments
+            function = getattr(torch.ops.aten, re.sub(r"(?<=.)(?=[A-Z])", "_", name).lower())
+            saved = [key for key in dir(node) if key.startswith("_saved_") and "_self_" not in key]
+            views = function(logits, **{key.removeprefix("_saved_"): _signed(getattr(node, key)) for key in saved})
             logits = views if isinstance(views, Tensor) else views[index]
         elif name in RESHAPING:
             logits = logits.reshape(shape)
@@ -232,17 +270,7 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _is_nested(module: nn.Module) -> bool:
-    """Whether a module is called within a call of itself in this thread."""
-    frame, calls = sys._getframe(), 0
-    while frame is not None:
-        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is module
-        frame = frame.f_back  # type: ignore[assignment]
-    return calls > 1
-
-
-def _device_types() -> list[str]:
+def _device_types() -> tuple[str, ...]:
     if not torch.accelerator.is_available():  # torch 2.6 raises where there is none
-        return ["cpu"]
-    accelerator = torch.accelerator.current_accelerator()
-    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+        return ("cpu",)
+    return "cpu", torch.accelerator.current_accelerator().type  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ import torch
 
 import softlabels
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import losses, metrics
+from benchmarks.speed import linear, losses, metrics
 from benchmarks.speed.timing import interleave, peak_allocated, ratio
 from benchmarks.speed.train_step import LOSSES, resnet18
 from softlabels.metrics import confidence_diversity
@@ -65,6 +65,11 @@ def test_command_line(tmp_path, capsys):
     assert "| nn.LinearCrossEntropyLoss(label_smoothing=0.1) |" in printed
     assert "--shapes 8x10 --linear-shapes 4x20 --dtype float32 --rounds 1" in printed
 
+    command.main(["linear", "--shapes", "6x4x60", *common])
+    printed = capsys.readouterr().out
+    assert "| 6x4x60, labels | median (ms) | ratio to F.linear, F.cross_entropy(label_smoothing=0.1)" in printed
+    assert "| LinearLogits, SelfDistillationLoss, teacher's top 50, bucket |" in printed
+
     command.main(["import", *common])
     assert "| import torch, softlabels |" in capsys.readouterr().out
 
@@ -84,6 +89,17 @@ def test_rivals_compute_the_same_losses():
             torch.testing.assert_close(0.9 * own, base)
     dense = smoothing["nn.CrossEntropyLoss(), dense soft targets"](logits)
     torch.testing.assert_close(smoothing["timm's SoftTargetCrossEntropy (formula)"](logits), dense)
+
+
+def test_rivals_of_a_layer_compute_the_same_losses():
+    hidden, weight, target = torch.randn(8, 4), torch.randn(60, 4), torch.randint(60, (8,))
+    values = [loss(hidden, weight).item() for loss in linear.label_losses(target).values()]
+    smoothed, ours, in_blocks, _, *hard = values
+    assert [0.9 * ours, 0.9 * in_blocks] == pytest.approx([smoothed] * 2, rel=1e-5)
+    assert hard == pytest.approx([torch.nn.functional.cross_entropy(hidden @ weight.T, target).item()] * len(hard))
+    _, dense, layer, *tops = [f(hidden, weight).item() for f in linear.teacher_losses(target, hidden, weight).values()]
+    assert dense == pytest.approx(layer, rel=1e-5)
+    assert tops == pytest.approx([dense] * 2, rel=1e-1)
 
 
 def test_peak_memory_counts_what_is_held_at_once():

@@ -17,10 +17,10 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 import softlabels
-from softlabels import functional, kernels
-from softlabels.kernels import Even, Label, SoftLabel, compiled, dispatch, reading
+from softlabels import _reading, functional, kernels
+from softlabels.kernels import Even, Label, SoftLabel, compiled, dispatch
 
-pytestmark = pytest.mark.skipif(reading.TORCH < compiled.OLDEST_TORCH, reason="these graphs need a newer torch")
+pytestmark = pytest.mark.skipif(_reading.TORCH < compiled.OLDEST_TORCH, reason="these graphs need a newer torch")
 
 FUSED = [case for case in CASES if case.name != "confidence_penalty"]  # that one is a plain formula on every backend
 DENSE = (3, 5, 2, 4)
@@ -310,7 +310,7 @@ def test_numbers_of_any_kind_are_inputs():
 
 def test_an_older_torch_is_named(monkeypatch):
     logits, labels = torch.randn(4, 13), torch.tensor([0, 1, 2, 0])  # 13 classes, as no other test
-    monkeypatch.setattr(reading, "TORCH", (2, 10))
+    monkeypatch.setattr(_reading, "TORCH", (2, 10))
     monkeypatch.setattr(dispatch, "_failed", set())
     monkeypatch.setattr(dispatch, "COMPILED_DEVICES", ("cpu",))
     with pytest.raises(RuntimeError, match=r"kernels of softlabels need torch 2\.11 or newer, and this is 2"):

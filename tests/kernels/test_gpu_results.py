@@ -34,7 +34,7 @@ def data(shape):
     x, f = 3 * torch.randn(shape), 3 * torch.randn(shape)
     y = torch.randint(shape[1], (shape[0], *shape[2:]))
     y.view(-1)[1] = -100
-    x.movedim(1, -1).view(-1, shape[1])[1] = torch.nan
+    x.movedim(1, -1)[y == -100] = torch.nan
     x[0, 2:5], f[0, 2:6] = -torch.inf, -torch.inf
     return x, y, f
 

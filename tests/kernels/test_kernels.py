@@ -29,6 +29,9 @@ def chosen(request):
         yield request.param
 
 
+once = pytest.mark.parametrize("chosen", ["closed"], indirect=True)  # what chooses for itself, or does not ask
+
+
 class LargeTensors(TorchDispatchMode):
     """Names of the operations that make a tensor with the given number of elements."""
 
@@ -66,6 +69,7 @@ def test_nothing_of_the_size_of_the_logits_but_their_gradient(dtype, in_forward,
         assert large.names == []
 
 
+@once
 @each_loss
 @pytest.mark.parametrize("how", ["closed", "blocks", "far"])
 @given(call=calls())
@@ -115,6 +119,7 @@ TERMS = {
 }
 
 
+@once
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("make", TERMS.values(), ids=TERMS)
 def test_the_three_answers_of_a_term_agree(make, dense):
@@ -223,6 +228,7 @@ def test_forward_mode_differentiation():
     torch.testing.assert_close(got, (torch.func.grad(loss)(logits) * tangent).sum())
 
 
+@once
 def test_backend_can_be_chosen_three_ways():
     assert softlabels.get_backend() == "auto"
     with softlabels.backend("eager"):
@@ -244,6 +250,7 @@ def test_backend_can_be_chosen_three_ways():
         assert wanted in run.stdout + run.stderr
 
 
+@once
 def test_pruning_keeps_the_lower_index_among_equals():
     teacher_logits = torch.tensor([[1.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     wanted = [[True, True, False, False], [True, True, False, False]]

@@ -397,7 +397,7 @@ def test_wrong_arguments_of_attach():
         softlabels.BetaSmoothingLoss().attach(model, optimizer="sgd")
     with pytest.raises(TypeError, match="teacher must be a"):
         softlabels.BetaSmoothingLoss().attach(model, teacher=lambda x: x)
-    with pytest.raises(ValueError, match="teacher is the model itself"):
+    with pytest.raises(ValueError, match=r"shares Sequential '' with the model.*or none for an EMA of the model"):
         softlabels.SelfDistillationLoss().attach(model, teacher=model)
 
 
@@ -483,3 +483,12 @@ def test_copies_of_the_logits_need_output():
     criterion.detach().attach(model, output=lambda z: z[mask])
     assert criterion(model(x)[mask], torch.zeros(int(mask.sum()), dtype=torch.long)).isfinite()
     assert criterion(2 * model(x)[mask], torch.zeros(int(mask.sum()), dtype=torch.long)).isfinite()
+
+
+@pytest.mark.parametrize("cls", [softlabels.BetaSmoothingLoss, softlabels.SelfDistillationLoss])
+def test_an_attached_teacher_that_returns_probabilities_is_warned_of(cls):
+    model, teacher = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.Softmax(1))
+    criterion = cls().attach(model, teacher=teacher)
+    x, y = batches(1)[0]
+    with pytest.warns(UserWarning, match="teacher_logits look like probabilities"):
+        criterion(model(x), y)

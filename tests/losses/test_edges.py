@@ -141,15 +141,21 @@ def test_negative_label_counts(dtype):
             call()
 
 
-@each_loss
-@pytest.mark.parametrize("off", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_labels_that_no_class_has_in_a_compiled_program(case, off, backend):
+@pytest.mark.parametrize(
+    ("case", "off"),
+    [
+        *((case, False) for case in CASES),
+        *((case, True) for case in {case.functional: case for case in CASES}.values()),
+    ],
+    ids=repr,
+)
+def test_labels_that_no_class_has_in_a_compiled_program(case, off):
+    """Switched off, the options of a function make no difference."""
     torch.compiler.reset()
     logits, options = torch.randn(4, 3), {**(case.off if off else case.on), **case.extras(torch.randn(4, 3))}
     if "alpha" in options and not off:
         options["alpha"] = 0.0  # the label itself counts for nothing
-    compiled = torch.compile(case.functional, backend=backend)
+    compiled = torch.compile(case.functional, backend="aot_eager")  # which drops what has no result
     compiled(logits, torch.tensor([0, 2, 1, -100]), **options)
     for label in (99, -7):
         with pytest.raises(Exception, match=r"class indices in \[0, 3\)|out of bounds"):

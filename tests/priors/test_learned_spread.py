@@ -16,6 +16,7 @@ from torch import nn
 from softlabels import BetaSmoothingLoss, backend
 from softlabels.functional import beta_smoothing_loss, beta_smoothing_targets
 from softlabels.priors import SPREADS
+from softlabels.priors.evidence import Evidence
 
 ALL = ("classes", "neighbours", "samples")
 N, K, SAMPLES = 12, 5, 40
@@ -181,10 +182,10 @@ def test_three_batches_equal_the_reference(name, ranking):
     learned = criterion.learned_spread
     assert criterion.class_profiles is learned.class_profiles
     torch.testing.assert_close(learned.class_profiles, torch.tensor(profiles.rows))
-    assert [learned.visits[i].item() for i in past] == [len(v) for v in past.values()]
+    assert [learned.past.visits[i].item() for i in past] == [len(v) for v in past.values()]
     for i, visits in past.items():
         mean = torch.tensor([sum(v) / len(v) for v in zip(*visits, strict=True)])
-        torch.testing.assert_close(learned.past[i].float(), mean, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(learned.past.mean[i].float(), mean, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -238,13 +239,13 @@ def test_resume_is_bit_for_bit(ranking):
     fresh = make()
     fresh.load_state_dict(make().state_dict())  # from before the first batch, into one that has seen some
     first.load_state_dict(fresh.state_dict())
-    assert first.learned_spread.visits.sum() == 0
+    assert first.learned_spread.past.visits.sum() == 0
     plain = BetaSmoothingLoss(ranking="random", generator=torch.Generator()).state_dict()
     if ranking == "history":
         plain.update({k: v for k, v in first.state_dict().items() if k.startswith("history")})
     with pytest.warns(UserWarning, match="learned spread"):
         second.load_state_dict(plain)
-    assert second.learned_spread.visits.sum() == 0
+    assert second.learned_spread.past.visits.sum() == 0
 
 
 def test_evaluation_is_even_and_remembers_nothing():
@@ -373,28 +374,95 @@ def test_half_precision_is_worked_on_in_float32(dtype, spread):
         torch.testing.assert_close(results[0][2][name], table)
 
 
+CELLS = [("history", True, ALL), ("history", False, ALL)]
+
+
+def make(ranking, joint, spread):
+    generator = torch.Generator().manual_seed(3)
+    return BetaSmoothingLoss(
+        ranking=ranking,
+        spread=spread,
+        num_samples=SAMPLES,
+        global_ranking=joint,
+        generator=generator,
+        reduction="none",
+    )
+
+
 def worker(rank):
-    logits, target, _ = a_batch(dtype=torch.float32)
-    rows = slice(0, 5) if rank == 0 else slice(5, N)
+    logits, target, index = a_batch(dtype=torch.float32)
     values = {}
-    for joint in (False, True):
-        criterion = BetaSmoothingLoss(
-            ranking="none", spread=("classes", "neighbours"), global_ranking=joint, reduction="none"
-        )
-        for _ in range(2):
-            loss = criterion(logits[rows].clone().requires_grad_(), target[rows])
-        values[joint] = loss.tolist(), criterion.learned_spread.class_profiles.tolist()
+    for ranking, joint, spread in CELLS:
+        criterion = make(ranking, joint, spread)
+        for visit in range(2):  # the second time, the other process has seen the sample
+            rows = slice(0, 5) if rank == visit else slice(5, N)
+            criterion.generator.manual_seed(visit)  # uneven batches draw for rows that fill up
+            loss = criterion(logits[rows].clone().requires_grad_(), target[rows], index=index[rows])
+        values[ranking, joint] = loss.tolist(), {name: t.tolist() for name, t in criterion.state_dict().items()}
     return values
 
 
-def test_two_processes_are_one_where_asked(tmp_path):
-    """Neighbours and profiles of all processes with global_ranking=True; each its own without."""
-    ranks = spawn(worker, tmp_path)
-    logits, target, _ = a_batch(dtype=torch.float32)
-    criterion = BetaSmoothingLoss(ranking="none", spread=("classes", "neighbours"), reduction="none")
-    for _ in range(2):
-        loss = criterion(logits.requires_grad_(), target)
-    torch.testing.assert_close(torch.tensor(ranks[0][True][0] + ranks[1][True][0]), loss.detach())
+def test_two_processes_are_one_where_asked():
+    """With global_ranking=True neighbours, profiles and past are those of all processes; without, each has its own."""
+    ranks = spawn(worker)
+    logits, target, index = a_batch(dtype=torch.float32)
+    criterion = make("history", False, ALL)
+    criterion.generator.manual_seed(0)
+    criterion(logits.requires_grad_(), target, index=index)
+    criterion.generator.manual_seed(1)
+    order = torch.tensor([*range(5, N), *range(5)])  # process 0 has the second part then
+    loss = criterion(logits[order], target[order], index=index[order])
+    joint = torch.tensor(ranks[0]["history", True][0] + ranks[1]["history", True][0])
+    torch.testing.assert_close(joint, loss.detach(), atol=1e-4, rtol=1e-3)  # half precision in another order
     for rank in (0, 1):
-        torch.testing.assert_close(torch.tensor(ranks[rank][True][1]), criterion.learned_spread.class_profiles)
-    assert ranks[0][False][1] != ranks[1][False][1]
+        state = ranks[rank]["history", True][1]
+        for name, table in criterion.state_dict().items():
+            if name != "generator_state":
+                told = torch.tensor(state[name], dtype=table.dtype)
+                torch.testing.assert_close(told, table, atol=1e-4, rtol=2e-3, equal_nan=True)
+        for name in ("learned_spread.past.visits", "history.visits"):
+            assert sum(state[name]) == 2 * N
+            assert sum(ranks[rank]["history", False][1][name]) == N
+
+
+def test_of_many_classes_the_largest_are_remembered(monkeypatch):
+    """Means of the kept classes, and the rest by class. One sample twice in a batch is two visits."""
+    monkeypatch.setattr("softlabels.priors.past_predictions.MOST_DENSE", SAMPLES * K - 1)
+    monkeypatch.setattr("softlabels.priors.past_predictions.KEPT", 2)
+    criterion = BetaSmoothingLoss(ranking="none", spread="samples", num_samples=SAMPLES)
+    remembered, visits = {}, {}
+    for seed in range(3):
+        logits, target, index = a_batch(seed, torch.float32)
+        index = index % 7  # again and again, some twice in a batch
+        criterion(logits.requires_grad_(), target, index=index)
+        found = {}
+        for sample, p in zip(index.tolist(), logits.detach().softmax(1).tolist(), strict=True):
+            found.setdefault(sample, []).append(p)
+        for sample, rows in found.items():
+            before = visits.get(sample, 0)
+            visits[sample] = before + len(rows)
+            earlier = remembered.get(sample, [0.0] * K)
+            mean = [(before * e + sum(p[c] for p in rows)) / visits[sample] for c, e in enumerate(earlier)]
+            kept = sorted(range(K), key=lambda c: -mean[c])[:2]
+            remembered[sample] = [mean[c] if c in kept else 0.0 for c in range(K)]
+    past = criterion.learned_spread.past
+    assert past.mean.shape == past.classes.shape == (SAMPLES, 2)
+    assert past.visits[:7].tolist() == [visits.get(sample, 0) for sample in range(7)]
+    samples = torch.tensor(sorted(remembered))
+    expected = torch.tensor([remembered[sample] for sample in samples.tolist()])
+    torch.testing.assert_close(past.of(samples, K).float(), expected, atol=2e-3, rtol=0)
+    assert past.likeliest(samples).tolist() == expected.argmax(1).tolist()
+    source, where = criterion.learned_spread.sources(*told(criterion, logits, target, index))[0]
+    of_class = criterion.class_profiles[target]
+    rows = torch.tensor([remembered[sample] for sample in index.tolist()])
+    assert where is None
+    torch.testing.assert_close(source, rows + (1 - rows.sum(1, keepdim=True)) * of_class, atol=3e-3, rtol=0)
+    again = BetaSmoothingLoss(ranking="none", spread="samples", num_samples=SAMPLES)
+    again.load_state_dict(criterion.state_dict())
+    assert torch.equal(again.learned_spread.past.of(samples, K), past.of(samples, K))
+
+
+def told(criterion, logits, target, index):
+    rows = criterion.rows(logits.detach(), target, None)
+    batch = Evidence.of(rows, logits.detach(), index)
+    return rows, batch, batch, slice(0, len(index)), index

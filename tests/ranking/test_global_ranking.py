@@ -28,8 +28,8 @@ def worker(rank):
     return losses(criterion, rows).tolist()
 
 
-def test_joint_batch(tmp_path):
-    ranks = spawn(worker, tmp_path)
+def test_joint_batch():
+    ranks = spawn(worker)
     results = torch.tensor([*ranks[0], *ranks[1]])
     alone = make(generator=torch.Generator().manual_seed(11))
     torch.testing.assert_close(results, losses(alone, slice(0, 8)))

@@ -442,6 +442,16 @@ def test_copies_and_pickles_of_the_model_know_nothing_of_softlabels(tmp_path):
         twin.load_state_dict(model.state_dict())  # the hooks on loading are there no more
 
 
+def test_a_traced_model_that_is_attached_can_be_copied_and_pickled():
+    """torch.fx writes its own pickles, and would follow a reference to the model for ever."""
+    model = torch.fx.symbolic_trace(make_model().eval())
+    criterion = softlabels.BetaSmoothingLoss().attach(model)
+    x = torch.ones(1, 4)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.eval()(x), model(x))
+    assert criterion.attached
+
+
 def test_the_average_of_a_model_in_inference_mode_and_no_grad():
     model = make_model().eval()
     teacher = EMATeacher(model, 0.8)

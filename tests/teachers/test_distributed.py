@@ -68,9 +68,9 @@ def ddp_worker(rank):
     return [ddp_run(rank, *options) for options in DDP_RUNS], run_from_different_starts(rank)
 
 
-def test_ddp(tmp_path):
+def test_ddp():
     """Attached to the wrapper, the module, or before wrapping; local ranking, and joint over uneven batches."""
-    (runs, first), (others, second) = (value for _, value in sorted(spawn(ddp_worker, tmp_path).items()))
+    (runs, first), (others, second) = spawn(ddp_worker)
     assert first[0] == first[1] == second[0] == second[1]  # whatever the processes started from
     for first, second in zip(runs, others, strict=True):
         for updates, own, by_hand in (first, second):
@@ -143,9 +143,9 @@ def fsdp_worker(rank):
 
 
 @pytest.mark.skipif(TORCH < (2, 7), reason="FSDP2 of torch 2.6 does not run on a CPU")
-def test_fsdp2(tmp_path):
+def test_fsdp2():
     """Attached before or after sharding, it is the run of DistributedDataParallel; the averages are sharded."""
-    for sharded, attached_first, whole in spawn(fsdp_worker, tmp_path).values():
+    for sharded, attached_first, whole in spawn(fsdp_worker):
         for got in (sharded, attached_first):
             assert got[0] == whole[0] == 2 * len(DATA)
             assert got[3] == pytest.approx(whole[3], rel=1e-5)

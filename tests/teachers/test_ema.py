@@ -21,15 +21,16 @@ def step(model, amount=0.1):
             p.add_(amount)
 
 
-def test_schedule_is_mean_teachers():
+@pytest.mark.parametrize("warmup", [1, 2.5])
+def test_schedule_is_mean_teachers(warmup):
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    teacher = EMATeacher(model, decay=0.7)
+    teacher = EMATeacher(model, decay=0.7, warmup=warmup)
     value = 0.0
     for t in range(1, 8):
         nn.init.constant_(model.weight, float(t))
         teacher.update()
-        d = min(1 - 1 / (t + 1), 0.7)
+        d = min(1 - warmup / (t + warmup), 0.7)
         value = d * value + (1 - d) * t
         assert teacher.averages["weight"].item() == pytest.approx(value, rel=1e-6)
 
@@ -39,7 +40,7 @@ def test_bfloat16_average_moves():
     model = nn.Linear(3, 2, bias=False).bfloat16()
     nn.init.zeros_(model.weight)
     teacher = EMATeacher(model, decay=0.999)
-    teacher.num_updates = 5000  # long after the warm-up
+    teacher._num_updates = 5000  # long after the warm-up
     nn.init.ones_(model.weight)
     for _ in range(100):
         teacher.update()

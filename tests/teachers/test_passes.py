@@ -7,7 +7,7 @@ import gc
 import threading
 import types
 import weakref
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, deque, namedtuple
 
 import pytest
 import torch
@@ -314,6 +314,7 @@ INPUTS = {
     "object": (Batch, lambda b, v: setattr(b, "x", v), lambda b: b.x),
     "object in an object": (Batch, lambda b, v: setattr(b.note, "x", v), lambda b: b.note.x),
     "UserDict": (lambda x: UsersDict(x=x), lambda b, v: b.__setitem__("x", v), lambda b: b["x"]),
+    "deque": (lambda x: deque([x]), lambda b, v: b.__setitem__(0, v) or b.append(v), lambda b: b[0]),
     "appended to": (lambda x: [x], lambda b, v: b.append(v) or b.__setitem__(0, v), lambda b: b[0]),
 }
 

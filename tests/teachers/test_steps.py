@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 
@@ -285,7 +286,7 @@ def test_an_unpickled_teacher_is_told_whom_to_follow():
     teacher = pickle.loads(pickle.dumps(softlabels.EMATeacher(model)))
     with pytest.raises(RuntimeError, match=r"call follow\(model\)"):
         teacher.update()
-    with pytest.raises(ValueError, match="does not have the parameters"):
+    with pytest.raises(RuntimeError, match=r"its parameter '0\.weight' of shape \(8, 4\) is gone"):
         teacher.follow(torch.nn.Linear(2, 2))
     criterion = softlabels.SelfDistillationLoss().attach(model, teacher=teacher)  # attach tells it
     train(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), batches(2))
@@ -696,4 +697,42 @@ def test_a_temporary_optimizer_counts():
         model.zero_grad()
         by_hand.step()
     assert criterion.teacher.num_updates == 3
+    assert_same_parameters(criterion.teacher, by_hand)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_put_back_by_hand_after_nan_restart_the_average(bad):
+    """By copy_, which no hook sees; an average of NaN would stay so for ever, and with it the loss."""
+    model = make_model()
+    criterion = attached(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, criterion, optimizer, batches(3))
+    good = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model[0].weight.fill_(bad)
+    optimizer.step()
+    model(batches(1)[0][0])
+    assert not criterion.teacher.averages["0.weight"].isfinite().any()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(good[name])
+    by_hand = MeanTeacher(model, 0.8)
+    with pytest.warns(UserWarning, match="the average of the weights is NaN, and they are not") as caught:
+        train(model, criterion, optimizer, batches(4), by_hand.step)
+    assert len(caught) == 1
+    assert criterion.teacher.num_updates == 4
+    assert_same_parameters(criterion.teacher, by_hand)
+    assert criterion.teacher.averaged_model()(batches(1)[0][0]).isfinite().all()
+
+
+def test_when_the_given_optimizer_is_gone_others_count():
+    """Made anew for a second phase, say: the average would stand still in silence."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion, by_hand = attached(model, optimizer=optimizer), MeanTeacher(model, 0.8)
+    train(model, criterion, optimizer, batches(2), by_hand.step)
+    del optimizer
+    gc.collect()
+    train(model, criterion, torch.optim.SGD(model.parameters(), lr=0.1), batches(2), by_hand.step)
+    assert criterion.teacher.num_updates == 4
     assert_same_parameters(criterion.teacher, by_hand)

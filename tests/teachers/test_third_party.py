@@ -138,6 +138,39 @@ def test_fastai_whose_optimizer_is_its_own(monkeypatch):
     assert_same_parameters(criterion.teacher, by_hand)
 
 
+class Tabular(nn.Module):
+    """As a model of pytorch_tabular, which takes a column of the labels, and as many of the logits."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.net, self.loss = make_model(), loss
+
+    def forward(self, batch):
+        return {"logits": self.net(batch["continuous"])}
+
+    def training_step(self, batch):
+        return self.loss(self(batch)["logits"][:, 0:3], batch["target"][:, 0])
+
+
+def test_a_loss_that_the_model_would_make_a_part_of_itself():
+    model = Tabular(softlabels.BetaSmoothingLoss())
+    with pytest.raises(ValueError, match="is itself a part of the model; attach it to the submodule"):
+        model.loss.attach(model)
+    model = Tabular(nn.CrossEntropyLoss())
+    criterion, by_hand = softlabels.BetaSmoothingLoss(ema_decay=0.8).attach(model), MeanTeacher(model, 0.8)
+    del model.loss
+    model.loss = lambda logits, labels: criterion(logits, labels)  # a function is no part
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x, y in batches(5):
+        optimizer.zero_grad()
+        model.training_step({"continuous": x, "target": y[:, None]}).backward()
+        optimizer.step()
+        by_hand.step()
+    assert criterion.teacher.num_updates == 5
+    assert_same_parameters(criterion.teacher, by_hand)
+    assert not any("loss" in name for name in model.state_dict())
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_weight_averaging_of_lightning_over_a_module_that_holds_the_loss(tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")

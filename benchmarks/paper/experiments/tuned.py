@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.paper import figures
-from benchmarks.paper.experiment import METRICS, Experiment, Plan, Results, interval, minus
+from benchmarks.paper.experiment import METRICS, NAMES, Experiment, Plan, Results, interval, minus
 from benchmarks.paper.experiments.comparison import BETA, CE, LS, SD
 from benchmarks.paper.methods import cross_entropy, label_smoothing, self_distillation
-from benchmarks.paper.runs import Run
 from benchmarks.paper.setting import Setting
 from benchmarks.paper.statistics import Claim, Part
 
@@ -26,53 +25,83 @@ def label(method: str, share: float) -> str:
     return f"{method}, true class {share:g}"
 
 
-def shares(setting: Setting, method: str) -> tuple[float, ...]:
-    """The strengths to choose from."""
-    return setting.student_shares if method == SD else setting.shares
+def candidates(setting: Setting) -> dict[str, Plan]:
+    """Give the runs of each method, one for each strength to choose from."""
+    teacher = setting.teacher()
+    return {
+        LS: {label(LS, share): setting.run(label_smoothing(share)) for share in setting.shares},
+        BETA: {label(BETA, share): setting.beta(true_class=share) for share in setting.shares},
+        BATCH: {label(BATCH, share): setting.beta(true_class=share, ranking="batch") for share in setting.shares},
+        SD: {
+            label(SD, share): setting.run(self_distillation(true_class=share), teacher)
+            for share in setting.student_shares
+        },
+    }
 
 
 def plan(setting: Setting) -> Plan:
     """Make cross-entropy, and each smoother at each strength."""
-    teacher = setting.teacher()
-    make: dict[str, Callable[[float], Run]] = {
-        LS: lambda share: setting.run(label_smoothing(share)),
-        BETA: lambda share: setting.beta(true_class=share),
-        BATCH: lambda share: setting.beta(true_class=share, ranking="batch"),
-        SD: lambda share: setting.run(self_distillation(true_class=share), teacher),
-    }
-    runs = {CE: setting.run(cross_entropy())}
-    return runs | {label(m, share): make[m](share) for m in SMOOTHERS for share in shares(setting, m)}
+    return together({CE: {CE: setting.run(cross_entropy())}, **candidates(setting)})
 
 
-def chosen(setting: Setting, results: Results, method: str) -> list[str]:
-    """For each seed the run of the strength that has the least validation NLL over the other seeds."""
-    return results.best([label(method, share) for share in shares(setting, method)], "nll", -1)
+def together(of_methods: Mapping[str, Plan]) -> Plan:
+    """Put the runs of several methods into one plan."""
+    return {label: run for runs in of_methods.values() for label, run in runs.items()}
 
 
-def tested(setting: Setting, results: Results, method: str, metric: str) -> list[float]:
-    """A metric of each seed, at the chosen strength, or at the temperature that was fitted on the validation set."""
-    if method == SCALED:
-        return results.values(CE, metric, "scaled")
-    if method == CE:
-        return results.values(CE, metric)
-    return results.chosen(chosen(setting, results, method), metric)
+class Tuned:
+    """Results of each method at the strength that has the least validation NLL over the other seeds."""
+
+    def __init__(self, of_methods: Mapping[str, Plan], results: Results) -> None:
+        self.results = results
+        self.chosen = {method: results.best(list(runs), "nll", -1) for method, runs in of_methods.items()}
+
+    def values(self, method: str, metric: str) -> list[float]:
+        """A metric of each seed, at the chosen strength, or at the temperature fitted on the validation set."""
+        if method == SCALED:
+            return self.results.values(CE, metric, "scaled")
+        return self.results.values(CE, metric) if method == CE else self.results.chosen(self.chosen[method], metric)
+
+    def better(self, first: str, second: str, metric: str, margin: float = 0.0) -> Part:
+        """Say that ``first`` has the higher accuracy, or the lower ECE, NLL or KL, than ``second``, or no worse."""
+        high, low = (first, second) if metric == "accuracy" else (second, first)
+        difference = minus(self.values(high, metric), self.values(low, metric))
+        return Part(f"{NAMES[metric]}, {high} - {low}", difference, METRICS[metric][2], margin)
+
+    def table(self, costs: Mapping[str, float]) -> str:
+        """Tabulate methods at their chosen strengths, with their costs."""
+        metrics = [metric for metric in ("accuracy", "ece", "nll", "kl") if self.results.has(metric)]
+        headings = ["method", "strength", *(METRICS[metric][0] for metric in metrics), "cost"]
+        lines = ["| " + " | ".join(headings) + " |", "|---|---|" + "---:|" * (len(metrics) + 1)]
+        for method, cost in costs.items():
+            cells = [interval(self.values(method, metric), METRICS[metric][1]) for metric in metrics]
+            lines.append("| " + " | ".join([method, self._strength(method), *cells, f"{cost:.1f}"]) + " |")
+        return "\n".join(lines) + (
+            "\n\nThe strength is what the *other* seeds' validation NLL chose, and for how many seeds. The cost is in "
+            "steps of cross-entropy, counted and not timed: a forward pass of an average or a teacher is a third of a "
+            "step, and a teacher is trained first. Choosing a strength multiplies it by the number of strengths."
+        )
+
+    def _strength(self, method: str) -> str:
+        if method == CE:
+            return ""
+        if method == SCALED:
+            return f"T = {interval(self.results.values(CE, 'temperature', 'scaled'), 2)}"
+        counts = Counter(name.removeprefix(f"{method}, ") for name in self.chosen[method])
+        if len(counts) == 1:
+            return next(iter(counts))
+        return "; ".join(f"{strength} ({count})" for strength, count in sorted(counts.items()))
 
 
 def claims(setting: Setting, results: Results) -> list[Claim]:
     """Decide whether a smoother is worth having where a temperature can be fitted, and which is nearer to the truth."""
-
-    def part(better: str, worse: str, metric: str) -> Part:
-        sign = 1 if metric == "accuracy" else -1
-        values = minus(tested(setting, results, better, metric), tested(setting, results, worse, metric))
-        first, second = (better, worse) if sign == 1 else (worse, better)
-        return Part(f"{NAMES[metric]}, {first} - {second}", [sign * value for value in values], METRICS[metric][2])
-
+    tuned = Tuned(candidates(setting), results)
     decided = [
         Claim(
             f"tuned {name}",
             f"At the strength that validation data choose, {each} beats temperature-scaled cross-entropy in accuracy "
             "and NLL",
-            [part(method, SCALED, metric) for metric in ("accuracy", "nll")],
+            [tuned.better(method, SCALED, metric) for metric in ("accuracy", "nll")],
         )
         for name, method, each in (
             ("LS", LS, "label smoothing"),
@@ -86,45 +115,21 @@ def claims(setting: Setting, results: Results) -> list[Claim]:
                 "tuned truth",
                 "At the strength that validation data choose, too, labels that fit the instance bring predictions "
                 "closer to the true posterior than equal ones do",
-                [part(method, LS, "kl") for method in (BETA, SD)],
+                [tuned.better(method, LS, "kl") for method in (BETA, SD)],
             )
         )
     return decided
 
 
-NAMES = {"accuracy": "accuracy", "nll": "NLL", "kl": "KL from the truth"}
-
-
 def table(setting: Setting, results: Results) -> str:
     """Tabulate each method at its chosen strength."""
-    metrics = [metric for metric in ("accuracy", "ece", "nll", "kl") if results.has(metric)]
-    headings = ["method", "true class", *(METRICS[metric][0] for metric in metrics), "cost"]
-    lines = ["| " + " | ".join(headings) + " |", "|---|---|" + "---:|" * (len(metrics) + 1)]
-    for method in (CE, SCALED, *SMOOTHERS):
-        cells = [interval(tested(setting, results, method, metric), METRICS[metric][1]) for metric in metrics]
-        cells = [method, _strength(setting, results, method), *cells, f"{COSTS[method]:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + (
-        "\n\nThe true class is the share that the *other* seeds' validation NLL chose, and for how many seeds. The "
-        "cost is in steps of cross-entropy, counted and not timed: a forward pass of an average or a teacher is a "
-        "third of a step, and a teacher is trained first. Choosing a strength multiplies it by the number of strengths."
-    )
-
-
-def _strength(setting: Setting, results: Results, method: str) -> str:
-    if method == CE:
-        return ""
-    if method == SCALED:
-        return f"T = {interval(results.values(CE, 'temperature', 'scaled'), 2)}"
-    counts = Counter(name.rsplit(" ", 1)[1] for name in chosen(setting, results, method))
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{share} ({count})" for share, count in sorted(counts.items()))
+    return Tuned(candidates(setting), results).table(COSTS)
 
 
 def draw(setting: Setting, results: Results, folder: Path) -> None:
     """Draw every metric against the strength, with cross-entropy as a line across."""
-    lines = {m: (list(shares(setting, m)), [label(m, share) for share in shares(setting, m)]) for m in SMOOTHERS}
+    shares = {method: setting.student_shares if method == SD else setting.shares for method in SMOOTHERS}
+    lines = {method: (list(shares[method]), list(runs)) for method, runs in candidates(setting).items()}
     panels = [
         figures.Panel(metric, lines, flat=(SCALED, [CE], min, ("scaled",)))
         for metric in ("accuracy", "ece", "nll", "kl")

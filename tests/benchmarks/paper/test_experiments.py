@@ -15,7 +15,7 @@ import torch
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import figures, report
 from benchmarks.paper.experiment import Results, gap
-from benchmarks.paper.experiments import EXPERIMENTS, tuned
+from benchmarks.paper.experiments import EXPERIMENTS, spread, tuned
 from benchmarks.paper.recipe import Recipe
 from benchmarks.paper.runs import TEACHER_SEED
 from benchmarks.paper.setting import PRESETS, Setting, preset
@@ -30,6 +30,7 @@ def made_up(setting: Setting, name: str, folder: Path, effect: float, seeds: int
     """Results in which every claim of an experiment has an effect of this size, among noise of deviation 0.1."""
     experiment, generator = EXPERIMENTS[name], np.random.default_rng(0)
     plan = experiment.plan(setting)
+    curve = {k: v.tolist() for k, v in vars(reliability_curve(torch.eye(3), torch.arange(3))).items()}
     with Store(folder) as store:
         pass
     for position, (label, run) in enumerate(plan.items()):
@@ -54,7 +55,7 @@ def made_up(setting: Setting, name: str, folder: Path, effect: float, seeds: int
                 "data_digest": "",
                 "versions": {"torch": "0"},
                 "hardware": "none",
-                "curve": {k: v.tolist() for k, v in vars(reliability_curve(torch.eye(3), torch.arange(3))).items()},
+                "curve": curve,
             }
             store.records[record["key"]] = record
     return Results(plan, seeds, store)
@@ -69,6 +70,13 @@ def quality(name: str, label: str, position: int, count: int) -> dict[str, float
     if name == "tuned":
         levels = {"cross-entropy": -2, "label smoothing": 1, "Beta smoothing": 2, "self-distillation": 3}
         level = levels[label.split(",")[0]] - label.endswith("0.98")
+    if name == "spread":
+        level = spread_level(label)
+    if name == "ema-window":
+        level = 3.0 * ("last tenth" in label)
+    if name == "label-noise":
+        levels = {"cross-entropy": -2, "label smoothing": 1, "Beta smoothing": 2, "neighbours and samples": 6}
+        level = next((levels[method] for method in levels if label.startswith(method)), 3)
     if name == "temperature":
         students = [0.0, 4.0, 5.0]  # rises, then levels off
         if label.startswith("T ="):
@@ -96,6 +104,15 @@ def quality(name: str, label: str, position: int, count: int) -> dict[str, float
     return dict.fromkeys(("accuracy", "ece", "nll", "uncertainty", "diversity"), level)
 
 
+def spread_level(label: str) -> float:
+    """Ranked before equal and random amounts, learned before even spreads, and both before what others do."""
+    levels = {"cross-entropy": -2, "label smoothing": 1, "Beta smoothing, ranked by the batch": 3, "Beta smoothing": 2}
+    levels |= {spread.NO_INDEX: 5, spread.ALL: 5}
+    if " amounts, " in label:
+        return 1.0 + 2 * label.startswith("ranked") + (not label.endswith("even"))
+    return next((levels[method] for method in levels if label.startswith(method)), 3) - label.endswith("0.98")
+
+
 CLAIMS = {
     "sequential": ["C1"],
     "temperature": ["C2"],
@@ -108,6 +125,13 @@ CLAIMS = {
     "pruned": ["C12"],
     "sample-weights": ["C13"],
     "tuned": ["tuned LS", "tuned Beta", "tuned SD", "tuned truth"],
+    "spread": [
+        *("S1 classes", "S1 neighbours", "S1 samples", "S2 accuracy", "S2 ECE", "S3", "S4"),
+        *("S5", "S5 LS", "S5 Beta", "S5 SD", "S6", "rivals"),
+    ],
+    "ema-window": ["window, short", "window, long"],
+    "top-k": [f"top {k}, {rest}" for k in (1, 2) for rest in ("uniform", "bucket")],
+    "label-noise": ["S7 20%", "S7 20%, specialist", "S7 40%", "S7 40%, specialist"],
 }
 
 
@@ -121,16 +145,18 @@ def test_planted_effects_are_found_and_reversed_ones_contradicted(name, tmp_path
     reversed_ = experiment.claims(setting, made_up(setting, name, tmp_path / "b", -1.0))
     if name != "cross-distillation":  # there the better teacher is whichever is better
         assert [claim.verdict() for claim in reversed_] == ["contradicted"] * len(planted), report.verdicts(reversed_)
-    if name not in ("pruned", "sample-weights"):  # where no effect is what is claimed
+    if name not in ("pruned", "sample-weights", "spread", "ema-window"):  # where no effect is what is claimed
         null = experiment.claims(setting, made_up(setting, name, tmp_path / "c", 0.0))
         assert "holds" not in [claim.verdict() for claim in null], report.verdicts(null)
     results = made_up(setting, name, tmp_path / "d", 1.0)
     if experiment.table is not None:
         table = experiment.table(setting, results)
-        assert table.startswith("|")
+        assert "\n|---|" in table
         assert "nan" not in table
     experiment.draw(setting, results, tmp_path)
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    drawn = list(tmp_path.glob("figure*.png"))
+    assert drawn
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
 def test_figures_show_differences_from_the_first_with_their_intervals(tmp_path, monkeypatch):
@@ -156,8 +182,9 @@ def test_the_strength_is_chosen_on_validation_data(tmp_path):
         record["validation"] = {**record["validation"], "nll": 1.0}
     for record in results.records["label smoothing, true class 0.5"]:
         record["test"] = {**record["test"], "nll": 0.0}
-    assert tuned.chosen(setting, results, tuned.LS) == ["label smoothing, true class 0.75"] * 8
-    assert "| label smoothing | 0.75 |" in EXPERIMENTS["tuned"].table(setting, results)
+    chosen = tuned.Tuned(tuned.candidates(setting), results).chosen
+    assert chosen[tuned.LS] == ["label smoothing, true class 0.75"] * 8
+    assert "| label smoothing | true class 0.75 |" in EXPERIMENTS["tuned"].table(setting, results)
     assert "| cross-entropy, temperature scaled | T = 1.50 ± 0.00 |" in EXPERIMENTS["tuned"].table(setting, results)
 
 

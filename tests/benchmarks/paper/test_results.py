@@ -12,9 +12,13 @@ from benchmarks.paper.store import read_records
 FOLDERS = sorted(path.parent.name for path in RESULTS.glob("*/command.txt"))
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_tables_are_made_of_the_runs(name, tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *arguments, **options: None)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_tables_are_made_of_the_runs(name, tmp_path):
     committed = RESULTS / name
     remake(committed, tmp_path)
     tables = {path.relative_to(committed) for path in committed.rglob("*.md")}

@@ -34,7 +34,13 @@ OTHERS = {
     "random": methods.beta_smoothing(ema_decay=0.9, ranking="random"),
     "batch": methods.beta_smoothing(ema_decay=0.9, ranking="batch"),
 }
-EVERY = {"cross-entropy": CE.method, **STUDENTS, **OTHERS}
+RIVALS = {
+    "average": methods.average_distillation(0.6, ema_decay=0.9),
+    "online": methods.online_label_smoothing(0.5),
+    "progressive": methods.progressive_distillation(0.8),
+    "early": methods.early_learning(3.0),
+}
+EVERY = {"cross-entropy": CE.method, **STUDENTS, **OTHERS, **RIVALS}
 
 
 def numbers(record):

@@ -1,19 +1,33 @@
-"""Argument checks shared by the functional losses and the modules.
+"""Argument checks of all floors.
 
-Every message names the argument, what it was, and what would be right. Only shapes, dtypes, devices and Python
-numbers are looked at, so that no check makes an accelerator wait. Where torch's own cross-entropy raises, the
-exception has the same type.
+Every message names the argument, what it was, and what would be right. No check makes an accelerator wait: the numbers
+in a tensor are looked at where reading them is free. Where torch's own cross-entropy raises, the exception has the same
+type.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+import warnings
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from softlabels._reading import can_check, can_read, check_when_run, peek
+
 REDUCTIONS = ("none", "mean", "sum")
+
+
+class Logits(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 def check_reduction(value: object) -> str:
@@ -112,13 +126,13 @@ def check_class_weight(weight: Tensor | None, num_classes: int | None = None) ->
         raise RuntimeError(f"weight must have {wanted}, got shape {tuple(weight.shape)}")
 
 
-def check_device(name: str, value: Tensor, input: Tensor) -> None:
+def check_device(name: str, value: Logits, input: Logits) -> None:
     """A tensor argument lies where the logits lie."""
     if value.device != input.device:
         raise RuntimeError(f"{name} is on {value.device} but input is on {input.device}; move one of them")
 
 
-def check_like_rows(name: str, value: Tensor, input: Tensor, row_shape: torch.Size) -> None:
+def check_like_rows(name: str, value: Tensor, input: Logits, row_shape: torch.Size) -> None:
     """A row-shaped argument (sample_weight, confidence) is a real tensor with one number per row."""
     check_tensor(name, value)
     check_device(name, value, input)
@@ -131,7 +145,7 @@ def check_like_rows(name: str, value: Tensor, input: Tensor, row_shape: torch.Si
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
 
 
-def check_like_logits(name: str, value: Tensor, input: Tensor) -> None:
+def check_like_logits(name: str, value: Tensor, input: Logits) -> None:
     """A floating tensor (teacher_logits, spread) is shaped like the logits."""
     check_tensor(name, value)
     check_device(name, value, input)
@@ -154,6 +168,12 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
     """The target holds class indices per row, or class probabilities in the shape of the logits."""
     check_tensor("target", target)
     check_device("target", target, input)
+    if type(input) is not Tensor and hasattr(input, "full_tensor") and not hasattr(target, "full_tensor"):
+        raise TypeError(
+            "input is a DTensor, and target a plain tensor: of logits that are sharded over the batch pass "
+            "input.to_local(), with the target of these rows; of logits that are sharded over classes, pass "
+            "input.full_tensor()"
+        )
     if target.dtype == torch.int64 and input.dim() == 2 and target.dim() == 1 and target.shape[0] == input.shape[0]:
         return  # without the messages below, as almost always
     shapes = f"for input of shape {tuple(input.shape)}, got shape {tuple(target.shape)}"
@@ -185,3 +205,48 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
             )
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"target must hold class indices as torch.int64 (or uint8), got {target.dtype}")
+
+
+def check_labels(target: Tensor, num_classes: int, alternative: str = "") -> None:
+    """Raise an IndexError for labels outside [0, num_classes), where reading them costs nothing."""
+    if not can_check(target):
+        return
+    valid = (target >= 0) & (target < num_classes)
+    all_valid = valid.all()
+    wanted = f"target must hold class indices in [0, {num_classes}){alternative}"
+    if peek(all_valid) is False:
+        raise IndexError(f"{wanted}, got {target[~valid][0].item()}")
+    check_when_run(all_valid, wanted)
+
+
+def check_counts(counts: Tensor) -> None:
+    """Raise a ValueError for label counts below 0, where reading them costs nothing."""
+    if not can_read(counts):
+        return
+    valid = counts >= 0
+    wanted = "target must hold label counts of at least 0 (sample_weight=0 leaves a row out)"
+    if not bool(valid.all()):
+        negative = counts[~valid & ~counts.isnan()]
+        if negative.numel():
+            raise ValueError(f"{wanted}, got {negative[0].item():g}")
+
+
+def check_spread(spread: Tensor) -> None:
+    """Raise a ValueError for a spread with numbers below 0, where reading them costs nothing."""
+    if peek((spread < 0).any()):
+        raise ValueError(f"spread must hold numbers of at least 0, got {spread.min().item():g}")
+
+
+def warn_of_probabilities(teacher_logits: Tensor) -> None:
+    """Warn of probabilities in the place of logits, where looking is free: one number tells nearly always."""
+    if teacher_logits.numel() == 0 or teacher_logits.shape[1] == 1 or not can_read(teacher_logits):
+        return
+    if not 0.0 <= teacher_logits[(0,) * teacher_logits.dim()].item() <= 1.0:
+        return
+    sums = teacher_logits.sum(1, dtype=torch.float32)
+    if bool((sums - 1.0).abs().amax() < 1e-2) and bool((teacher_logits >= 0).all()):
+        warnings.warn(
+            "teacher_logits look like probabilities: none is negative and each row sums to 1. Pass logits, or "
+            "teacher_logits=probabilities.log(), whose softmax at temperature=1 is the probabilities",
+            stacklevel=2,
+        )
