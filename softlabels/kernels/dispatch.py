@@ -21,7 +21,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from softlabels.kernels.backend import get_backend
 from softlabels.kernels.linear_logits import LinearLogits
 from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term
 from softlabels.kernels.statistics import Statistics, statistics_with_log_p
+
+Result = TypeVar("Result")
 
 FEW = 2**16
 COMPILED_DEVICES = ("cuda", "xpu")  # where "auto" compiles
@@ -88,7 +90,7 @@ def cross_entropy(
     return _closed_form(label, logits, False, reduce, known, tensors)
 
 
-def fused(function: Callable[..., Any], *arguments: Any) -> Any:
+def fused(function: Callable[..., Result], *arguments: Any) -> Result:
     """function(*arguments) for arithmetic on row-shaped tensors, as one graph `where kernels fuse <fuses>`.
 
     Other arguments are numbers, or constants that a graph is made for.
@@ -96,7 +98,8 @@ def fused(function: Callable[..., Any], *arguments: Any) -> Any:
     given = [argument for argument in arguments if isinstance(argument, Tensor)]
     if fuses(*given):
         try:
-            return compiled.fused(function, arguments, given[0].device)
+            result: Result = compiled.fused(function, arguments, given[0].device)
+            return result
         except compiled.CompilationFailed as error:
             _go_on_uncompiled(given[0], error)
     return function(*arguments)
