@@ -228,6 +228,9 @@ class LinearRows(Rows):
         return loss.reshape(self.row_shape) if self.reduction == "none" else loss
 
 
+AnyRows = TypeVar("AnyRows", bound=Rows)
+
+
 def _present(terms: Sequence[kernels.Term]) -> list[kernels.Term]:
     """The terms that add something."""
     return [term for term in terms if not term.is_absent]
@@ -365,7 +368,8 @@ def _prepare_linear(
         _checks.check_class_weight(weight, input.shape[-1])
         _checks.check_device("weight", weight, input)
         weight = weight.to(dtype)
-    rows = LinearRows(logits, target.reshape(-1).long(), None, weight, None, reduction, False, callers=input)
+    labels = target.reshape(-1).long()
+    rows = LinearRows(logits, labels, None, weight, None, reduction, False, callers=input)
     if sample_weight is not None:
         rows = replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
     return _with_labels(rows, ignore_index)

@@ -202,20 +202,28 @@ def _sample_weights(
     elif isinstance(teacher_logits, LinearLogits):
 
         def of_block(logits: Tensor) -> Tensor:
-            scaled = logits.to(rows.dtype) / temperature
-            return _log_strength(scaled, scaled.logsumexp(1), is_exact)
+            return _log_strength_of(logits, temperature, is_exact, rows.dtype)
 
         log_strength = kernels.by_blocks(of_block, teacher_logits, counted=counted)
     else:
-        scaled = teacher_logits.to(rows.dtype) / temperature
-        log_strength = _log_strength(scaled, scaled.logsumexp(1), is_exact)
+        log_strength = kernels.fused(_log_strength_of, teacher_logits, temperature, is_exact, rows.dtype)
     if is_exact:
         return _bounded_exp(log_strength if counted is None else torch.where(counted, log_strength, 0.0))
+    return kernels.fused(_of_mean_one, log_strength, counted)
+
+
+def _of_mean_one(log_strength: Tensor, counted: Tensor | None) -> Tensor:
+    """exp of the log-strengths, scaled to mean 1 over the rows that count."""
     if counted is None:
         return (log_strength - log_strength.flatten().logsumexp(0)).exp() * log_strength.numel()
     log_strength = log_strength.masked_fill(~counted, -torch.inf)
     strength = (log_strength - log_strength.flatten().logsumexp(0)).exp() * counted.sum()
     return torch.where(counted, strength, 0.0)
+
+
+def _log_strength_of(logits: Tensor, temperature: float, is_exact: bool, dtype: torch.dtype) -> Tensor:
+    scaled = logits.to(dtype) / temperature
+    return _log_strength(scaled, scaled.logsumexp(1), is_exact)
 
 
 def _log_strength(scaled: Tensor, log_sum: Tensor, is_exact: bool) -> Tensor:

@@ -21,7 +21,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from softlabels.kernels.backend import get_backend
 from softlabels.kernels.linear_logits import LinearLogits
 from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term
 from softlabels.kernels.statistics import Statistics, statistics_with_log_p
+
+Result = TypeVar("Result")
 
 FEW = 2**16
 COMPILED_DEVICES = ("cuda", "xpu")  # where "auto" compiles
@@ -88,6 +90,32 @@ def cross_entropy(
     return _closed_form(label, logits, False, reduce, known, tensors)
 
 
+def fused(function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments) for arithmetic on row-shaped tensors, as one graph `where kernels fuse <fuses>`.
+
+    Other arguments are numbers, or constants that a graph is made for.
+    """
+    given = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if fuses(*given):
+        try:
+            result: Result = compiled.fused(function, arguments, given[0].device)
+            return result
+        except compiled.CompilationFailed as error:
+            _go_on_uncompiled(given[0], error)
+    return function(*arguments)
+
+
+def fuses(*tensors: Tensor) -> bool:
+    """Whether arithmetic on these becomes one graph: on devices where kernels are compiled, without a graph."""
+    return (
+        tensors[0].device.type in COMPILED_DEVICES
+        and not is_observed()
+        and is_ordinary(*tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and _compiles(tensors[0])
+    )
+
+
 def confidence_penalty(label: Term, weight: Amount, beta: float, logits: Tensor | LinearLogits, reduce: bool) -> Tensor:
     """`formula.confidence_penalty`, of LinearLogits block by block."""
     if isinstance(logits, LinearLogits):
@@ -113,31 +141,6 @@ def _of_linear(label: SoftLabel, logits: LinearLogits, reduce: bool) -> Tensor:
         except compiled.CompilationFailed as error:
             _go_on_uncompiled(logits.hidden, error)
     return linear.cross_entropy(label, logits, reduce, False)
-
-
-def fused(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments) for arithmetic on row-shaped tensors, as one graph `where kernels fuse <fuses>`.
-
-    Other arguments are numbers, or constants that a graph is made for.
-    """
-    given = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if fuses(*given):
-        try:
-            return compiled.fused(function, arguments, given[0].device)
-        except compiled.CompilationFailed as error:
-            _go_on_uncompiled(given[0], error)
-    return function(*arguments)
-
-
-def fuses(*tensors: Tensor) -> bool:
-    """Whether arithmetic on these becomes one graph: on devices where kernels are compiled, without a graph."""
-    return (
-        tensors[0].device.type in COMPILED_DEVICES
-        and not is_observed()
-        and is_ordinary(*tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and _compiles(tensors[0])
-    )
 
 
 def _closed_form(
