@@ -30,7 +30,7 @@ class Rows:
     sample_weight: Tensor | None  # (N, d1, ...) in the working dtype
     reduction: str
     single: bool  # the caller's input was one row without a batch dimension
-    settled_weight: Tensor | None = None  # what `weight` gives, where it is known
+    settled_weight: Amount | None = None  # what `weight` gives, where it is known
 
     @property
     def num_classes(self) -> int:

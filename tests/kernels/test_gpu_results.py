@@ -57,7 +57,10 @@ def check(loss, logits):
     for own, true, rough in zip(got, truth, plain, strict=True):
         same = own.double() == true  # infinities among them
         error, allowed = (own.double() - true).abs(), (rough.double() - true).abs()
-        assert (same | (error <= torch.maximum(allowed, 1e-5 * true.abs().amax()))).all()
+        allowed = torch.maximum(allowed, 1e-5 * true[true.isfinite()].abs().amax())
+        if own.dtype == torch.bfloat16:  # which the interpreter cuts off where a GPU rounds
+            allowed = allowed + torch.finfo(own.dtype).eps * true.abs()
+        assert (same | (error <= allowed)).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -81,7 +84,8 @@ def test_dtypes_and_weights(name, dtype):
 def test_probabilities(name):
     x, _, f = data((5, 61))
     x[1], x[0, 2:5] = 0.0, 1.0
-    check(lambda logits: LOSSES[name](logits, torch.rand(5, 61).softmax(1).to(logits.dtype), f), x)
+    target = torch.rand(5, 61).softmax(1)
+    check(lambda logits: LOSSES[name](logits, target, f), x)
 
 
 def test_ranked_by_the_batch():

@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def describe(options: argparse.Namespace) -> str:
     """What was counted."""
-    from benchmarks.speed.gpu_code import build, calls, program, resources
+    from benchmarks.speed.gpu_code import build, calls, program, resources, step
 
     return (
         f"Counted, not timed: {calls.ROWS} rows, the mean loss and its gradient. Kernels: those that are started, "
@@ -35,7 +35,8 @@ def describe(options: argparse.Namespace) -> str:
         f"the rows of {program.IN_FLIGHT} programs, and what operations of torch read more than once counts once. "
         f"Time: in which {build.BYTES_PER_SECOND / 1e12:g} TB/s move that, an H200's. Allocated: tensors of the "
         f"logits' size besides the gradient. Registers of one thread with rows in blocks of {resources.ROW_BLOCK}, "
-        f"{resources.WARPS} warps."
+        f"{resources.WARPS} warps. A step: with float32 weights and {step.IMAGES} images, in operations of "
+        "torch, with the bytes of weights, averages and momenta."
     )
 
 
@@ -44,6 +45,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, object]]:
     reason = missing()
     if reason is not None:
         raise SystemExit(reason)
+    from benchmarks.speed.gpu_code import step
     from benchmarks.speed.gpu_code.build import describe_a_gpu
     from benchmarks.speed.gpu_code.calls import NAMES, record
     from benchmarks.speed.gpu_code.count import Count, KernelCount, count
@@ -69,13 +71,18 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, object]]:
                 name: Count(**{**rows[name], "kernels": [KernelCount(**k) for k in rows[name]["kernels"]]})
                 for name in names
             }
+    results["a step of a ResNet-18"] = dict(step.parts())
     if partial:
         partial.unlink(missing_ok=True)
     return results
 
 
 def table(heading: str, rows: dict[str, object]) -> str:
-    """Markdown table of calls, and one of the kernels that touch something of the logits' size."""
-    from benchmarks.speed.gpu_code.tables import calls, kernels
+    """Markdown table of calls, and one of the kernels that touch something of the logits' size; or of a step."""
+    from benchmarks.speed.gpu_code import tables
+    from benchmarks.speed.gpu_code.count import Count
 
-    return f"{calls(heading, rows)}\n\n{kernels(heading, rows)}"  # type: ignore[arg-type]
+    counts = {name: row for name, row in rows.items() if isinstance(row, Count)}
+    if not counts:
+        return tables.steps(heading, rows)  # type: ignore[arg-type]
+    return f"{tables.calls(heading, counts)}\n\n{tables.kernels(heading, counts)}"

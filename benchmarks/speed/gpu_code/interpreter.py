@@ -70,7 +70,7 @@ def compile(function: Callable[..., Any]) -> Callable[..., Any]:
             traced, structure = inductor.trace(function, fakes)
             programs[key] = run(inductor.write_graph(traced, fakes)), structure
         call, structure = programs[key]
-        return pytree.tree_unflatten(list(call([t.detach().clone() for t in inputs])), structure)
+        return pytree.tree_unflatten(list(call([t.detach() for t in inputs])), structure)
 
     return graph
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.speed.gpu_code.count import Count
+from benchmarks.speed.gpu_code.step import Part
 
 
 def calls(heading: str, rows: Mapping[str, Count]) -> str:
@@ -35,3 +36,12 @@ def kernels(heading: str, rows: Mapping[str, Count]) -> str:
             numbers = (kernel.loops, kernel.loads, kernel.stores, kernel.moved, kernel.registers, kernel.spilled)
             lines.append(f"| {name} | {kernel.graph} | {' | '.join(map(str, numbers))} |")
     return "\n".join(f"    {line}" for line in ['??? note "Kernels, ' + heading + '"', "", *lines])[4:]
+
+
+def steps(heading: str, rows: Mapping[str, Part]) -> str:
+    """One line per part of a training step."""
+    lines = [f"| {heading} | operations | MB of weights moved | time of that (ms) |", "|---|---:|---:|---:|"]
+    for name, row in rows.items():
+        moved = [f"{row.bytes / 1e6:.3g}", f"{row.milliseconds:.2g}"] if row.bytes else ["", ""]
+        lines.append(f"| {name} | {row.operations} | {' | '.join(moved)} |")
+    return "\n".join(lines)
