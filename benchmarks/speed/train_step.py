@@ -70,8 +70,26 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
+def many() -> nn.Sequential:
+    """Many small layers: 500 parameters, whose exchange is what a teacher's pass costs."""
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(249)), nn.Linear(8, 10))
+
+
+class Idle(nn.Module):
+    """Has the weights of a model and does nothing, so that a teacher's pass is the exchange of the weights alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input."""
+        return x
+
+
 MODELS: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = {
     "resnet18": ("ResNet-18 for 32 x 32 images", resnet18, (3, 32, 32), 100),
+    "many": ("A network of 250 layers of 8 units", many, (8,), 10),
     "mlp": ("A perceptron of 64, 64 and 10 units", mlp, (64,), 10),
 }
 
@@ -136,8 +154,12 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Measurement]]:
         with precision():
             teacher(images)
 
+    idle = Idle(copy.deepcopy(initial))
+    exchanging = softlabels.EMATeacher(idle)
+    exchanging.update()
     parts: dict[str, Run] = {
         "part: teacher's forward pass": teacher_pass,
+        "part: exchange of the weights": lambda: exchanging(images),
         "part: EMA update": teacher.update,
         "part: scores of the batch": lambda: log_odds(logits, labels, "max"),
     }

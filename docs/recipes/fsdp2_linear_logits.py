@@ -3,6 +3,8 @@
 torchrun --standalone --nproc-per-node 2 docs/recipes/fsdp2_linear_logits.py
 """
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
@@ -12,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import softlabels
 
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # of its last layer; nothing writes to it
 gpu = torch.cuda.is_available()
 dist.init_process_group("nccl" if gpu else "gloo")
 device = torch.device("cuda", dist.get_node_local_rank()) if gpu else torch.device("cpu")

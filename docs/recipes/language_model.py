@@ -70,7 +70,7 @@ with tempfile.TemporaryDirectory() as folder:
         TrainingArguments(
             output_dir=folder, max_steps=options.steps, learning_rate=5e-3, per_device_train_batch_size=16,
             gradient_accumulation_steps=2, save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
-            prediction_loss_only=True, remove_unused_columns=False,
+            prediction_loss_only=True, remove_unused_columns=False, dataloader_pin_memory=False,
         ),
         data_collator=collate,
         train_dataset=train,

@@ -150,7 +150,8 @@ def _amounts(
             exponentials = torch.empty(confidence.numel() + 1, dtype=torch.float64, device=confidence.device)
             exponentials.exponential_(generator=generator)
             arguments = (most, power, confidence, rows.counted, exponentials, rows.dtype)
-            return kernels.fused(kernels.counted_amounts, *arguments)
+            amounts: Tensor = kernels.fused(kernels.counted_amounts, *arguments)
+            return amounts
         return kernels.ranked_amounts(most, power, confidence, rows.counted, generator, rows.dtype, joint=joint)
     uniforms = kernels.uniforms(logits.shape[:1] + logits.shape[2:], logits.device, generator)
     return kernels.unranked_amounts(most, power, uniforms, rows.dtype)

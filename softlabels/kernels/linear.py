@@ -21,7 +21,7 @@ from softlabels.kernels import compiled, eager, formula
 from softlabels.kernels.linear_logits import LinearLogits, rebuilt
 from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term, is_zero, working_dtype
 
-BLOCK = 2**23  # logits that are worked on together on a CPU: 32 MiB in float32, and as much for their gradient
+BLOCK = 2**22  # logits that are worked on together on a CPU: 16 MiB in float32, and as much for their gradient
 ACCELERATOR_BLOCK = 2**26
 FEWEST_ROWS = 256  # of a block, each of which goes through all weights and their gradient
 
@@ -238,7 +238,7 @@ def _of_block(label: SoftLabel, x: Tensor, compile: bool) -> tuple[Tensor, Tenso
     if x.is_cpu and x.dtype == working_dtype(x):
         return compiled.value_and_gradient(label, x)
     rows, known = compiled.values(label, x)
-    return rows.sum(), compiled.gradient(label, x, torch.ones(()), known)
+    return rows.sum(), compiled.gradient(label, x, torch.ones((), device=x.device), known)
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:

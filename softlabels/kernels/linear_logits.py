@@ -35,7 +35,7 @@ class LinearLogits:
         hidden: Input of the layer, (..., D), any floating dtype.
         weight: (K, D), in the dtype of ``hidden``.
         bias: (K,), or None.
-        block: How many rows are worked on together; None chooses by K and the device: 8 million logits on a CPU, 64
+        block: How many rows are worked on together; None chooses by K and the device: 4 million logits on a CPU, 64
             million elsewhere, and no fewer than 256 rows.
 
     Raises:

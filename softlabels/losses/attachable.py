@@ -16,15 +16,7 @@ from softlabels._reading import break_graph
 from softlabels.losses.base import SoftLabelLoss
 from softlabels.teachers import EMATeacher
 from softlabels.teachers.passes import Pass, Passes, laid_out
-from softlabels.teachers.structures import (
-    LOGITS,
-    Logits,
-    Output,
-    check_model,
-    like_parameters,
-    outputs,
-    unwrap,
-)
+from softlabels.teachers.structures import LOGITS, Logits, Output, check_model, like_parameters, outputs, unwrap
 
 if TYPE_CHECKING:
     from typing_extensions import Self

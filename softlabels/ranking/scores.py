@@ -37,7 +37,8 @@ def log_odds(
     with torch.no_grad():
         known = kernels.statistics(logits.detach()) if known is None else known
         if rank_by == "max":
-            return kernels.fused(_log_odds_of_largest, known.others)
+            of_largest: Tensor = kernels.fused(_log_odds_of_largest, known.others)
+            return of_largest
         logits = logits.detach().to(known.largest.dtype)
         if target.is_floating_point():
             return torch.logit((target * logits.softmax(1)).sum(1))

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from softlabels import _checks
+from softlabels.kernels import LinearLogits
 from softlabels.teachers.averaged_weights import PLAIN, Parts, averaged, is_sharded, laid_out_as, local
 from softlabels.teachers.steps import Steps
-from softlabels.teachers.structures import check_model, copied_layers, unwrap
+from softlabels.teachers.structures import check_model, copied_layers, find_logits, unwrap
 
 AVERAGES, STATISTICS = "averages/", "statistics/"  # in a checkpoint
 COUNTERS = ("num_updates", "num_passes")
@@ -247,9 +248,12 @@ class EMATeacher(nn.Module):
             with averaged(found, averages, statistics, training, self._num_passes - 1):
                 result = model(*args, **kwargs)
                 sharded = any(is_sharded(parameter) for parameter in found.parameters.values())
-                return copied_layers(result) if sharded else result
+                result = copied_layers(result) if sharded else result
         finally:
             self._runs = False
+        if sharded and hasattr(type(model), "unshard") and isinstance(find_logits(result, None), LinearLogits):
+            model.unshard()  # type: ignore[operator]  # the loss still needs the layer of the model's own pass
+        return result
 
     def averaged_model(self) -> nn.Module:
         """A copy of the model that has the averages as its weights, in eval mode: for evaluation and export.

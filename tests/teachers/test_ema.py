@@ -179,7 +179,9 @@ def test_another_module_in_the_models_place():
     teacher.update()
     x = torch.randn(4, 3).bfloat16()
     wanted = nn.functional.linear(x, *(average.bfloat16() for average in teacher.averages.values()))
+    before = copy.deepcopy(own.state_dict())
     assert torch.equal(teacher(x), wanted)
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
     assert not list(teacher.parameters())
     with pytest.raises(ValueError, match="module does not have the parameters of model"):
         EMATeacher(model, module=nn.Sequential(own))
