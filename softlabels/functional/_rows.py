@@ -368,8 +368,7 @@ def _prepare_linear(
         _checks.check_class_weight(weight, input.shape[-1])
         _checks.check_device("weight", weight, input)
         weight = weight.to(dtype)
-    labels = target.reshape(-1).long()
-    rows = LinearRows(logits, labels, None, weight, None, reduction, False, callers=input)
+    rows = LinearRows(logits, target.reshape(-1).long(), None, weight, None, reduction, False, callers=input)
     if sample_weight is not None:
         rows = replace(rows, sample_weight=rows.row_argument("sample_weight", sample_weight).to(dtype))
     return _with_labels(rows, ignore_index)

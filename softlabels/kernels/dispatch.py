@@ -90,32 +90,6 @@ def cross_entropy(
     return _closed_form(label, logits, False, reduce, known, tensors)
 
 
-def fused(function: Callable[..., Result], *arguments: Any) -> Result:
-    """function(*arguments) for arithmetic on row-shaped tensors, as one graph `where kernels fuse <fuses>`.
-
-    Other arguments are numbers, or constants that a graph is made for.
-    """
-    given = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if fuses(*given):
-        try:
-            result: Result = compiled.fused(function, arguments, given[0].device)
-            return result
-        except compiled.CompilationFailed as error:
-            _go_on_uncompiled(given[0], error)
-    return function(*arguments)
-
-
-def fuses(*tensors: Tensor) -> bool:
-    """Whether arithmetic on these becomes one graph: on devices where kernels are compiled, without a graph."""
-    return (
-        tensors[0].device.type in COMPILED_DEVICES
-        and not is_observed()
-        and is_ordinary(*tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and _compiles(tensors[0])
-    )
-
-
 def confidence_penalty(label: Term, weight: Amount, beta: float, logits: Tensor | LinearLogits, reduce: bool) -> Tensor:
     """`formula.confidence_penalty`, of LinearLogits block by block."""
     if isinstance(logits, LinearLogits):
@@ -141,6 +115,32 @@ def _of_linear(label: SoftLabel, logits: LinearLogits, reduce: bool) -> Tensor:
         except compiled.CompilationFailed as error:
             _go_on_uncompiled(logits.hidden, error)
     return linear.cross_entropy(label, logits, reduce, False)
+
+
+def fused(function: Callable[..., Result], *arguments: Any) -> Result:
+    """function(*arguments) for arithmetic on row-shaped tensors, as one graph `where kernels fuse <fuses>`.
+
+    Other arguments are numbers, or constants that a graph is made for.
+    """
+    given = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if fuses(*given):
+        try:
+            result: Result = compiled.fused(function, arguments, given[0].device)
+            return result
+        except compiled.CompilationFailed as error:
+            _go_on_uncompiled(given[0], error)
+    return function(*arguments)
+
+
+def fuses(*tensors: Tensor) -> bool:
+    """Whether arithmetic on these becomes one graph: on devices where kernels are compiled, without a graph."""
+    return (
+        tensors[0].device.type in COMPILED_DEVICES
+        and not is_observed()
+        and is_ordinary(*tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and _compiles(tensors[0])
+    )
 
 
 def _closed_form(

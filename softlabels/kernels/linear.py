@@ -238,7 +238,7 @@ def _of_block(label: SoftLabel, x: Tensor, compile: bool) -> tuple[Tensor, Tenso
     if x.is_cpu and x.dtype == working_dtype(x):
         return compiled.value_and_gradient(label, x)
     rows, known = compiled.values(label, x)
-    return rows.sum(), compiled.gradient(label, x, torch.ones(()), known)
+    return rows.sum(), compiled.gradient(label, x, torch.ones((), device=x.device), known)
 
 
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
