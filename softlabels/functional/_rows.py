@@ -228,9 +228,6 @@ class LinearRows(Rows):
         return loss.reshape(self.row_shape) if self.reduction == "none" else loss
 
 
-AnyRows = TypeVar("AnyRows", bound=Rows)
-
-
 def _present(terms: Sequence[kernels.Term]) -> list[kernels.Term]:
     """The terms that add something."""
     return [term for term in terms if not term.is_absent]
