@@ -203,6 +203,11 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
                 f"target must be class indices of shape {tuple(rows)} or class probabilities of the shape of "
                 f"input, {shapes}"
             )
+    check_index_dtype(target)
+
+
+def check_index_dtype(target: Tensor) -> None:
+    """Class indices are of a dtype that torch takes."""
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"target must hold class indices as torch.int64 (or uint8), got {target.dtype}")
 

@@ -39,8 +39,7 @@ def check_labels(input: LinearLogits, target: Tensor) -> None:
             f"target must be class indices of shape {rows}, the leading dimensions of hidden, got shape "
             f"{tuple(target.shape)}"
         )
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"target must hold class indices as torch.int64 (or uint8), got {target.dtype}")
+    _checks.check_index_dtype(target)
 
 
 def check_dense(value: object) -> None:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabels._processes import of_all_processes
 from softlabels._reading import break_graph, can_read
 
 COUNTED = 2**13  # rows up to which comparing each with each takes a GPU less time than to start a sort
@@ -143,24 +144,16 @@ def summed_uniforms(source: Tensor, count: Tensor) -> Tensor:
 
 
 def _of_all_processes(score: Tensor, kept: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """Uneven numbers of rows are padded with rows that are not kept; the uniforms are those of process 0."""
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    rows = score.numel()
-    largest = torch.tensor(rows, device=score.device)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    length = int(largest)
+    """Uniforms in the order of the scores of all processes, which are those of process 0."""
     dtype = torch.float32 if score.device.type == "mps" else torch.float64  # processes may have scores of any dtype
-    own = torch.full((2, length), 0.0, dtype=dtype, device=score.device)
-    own[0, :rows] = score.detach().flatten()
-    own[1, :rows] = 1.0 if kept is None else kept.flatten()
-    gathered = [torch.empty_like(own) for _ in range(world)]
-    torch.distributed.all_gather(gathered, own)
-    scores, counted = torch.cat(gathered, 1)
-    places = scores.numel() if scores.device.type == "cpu" else scores.numel() + 1
+    own_scores = score.detach().flatten().to(dtype)
+    own_counted = torch.ones_like(own_scores) if kept is None else kept.flatten().to(dtype)
+    (rows,), own = of_all_processes(torch.stack([own_scores, own_counted], 1))
+    scores, counted = rows.unbind(1)
+    places = len(scores) if scores.device.type == "cpu" else len(scores) + 1
     source = uniforms(torch.Size((places,)), score.device, generator)
     torch.distributed.broadcast(source, 0)
-    handed_out = _hand_out(scores, counted > 0, source)
-    return handed_out[rank * length :][:rows].view(score.shape)
+    return _hand_out(scores.contiguous(), counted > 0, source)[own].view(score.shape)
 
 
 def prune(logits: Tensor, keep: int) -> Tensor:
