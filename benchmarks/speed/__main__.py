@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.provenance import hardware, versions
-from benchmarks.speed.timing import Measurement
+from benchmarks.speed.timing import Measurement, busy
 
 BENCHMARKS = {
     "losses": ("benchmarks.speed.losses", "forward and backward of the losses alone, beside their peers"),
@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     if is_timed:
         torch.set_num_threads(options.threads)
 
-    results = benchmark.measure(options)
+    with busy(options.busy or 0 if is_timed else 0):
+        results = benchmark.measure(options)
     settings = {name: value for name, value in vars(options).items() if name not in ("benchmark", "out")}
     command_line = " ".join(
         [f"python -m benchmarks.speed {options.benchmark}"]
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _timing_arguments(command: argparse.ArgumentParser, malloc: str) -> None:
     command.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where to measure")
     command.add_argument("--threads", type=int, default=2, help="CPU threads")
+    command.add_argument("--busy", type=int, metavar="CORES", help="that other processes compute on at the same time")
     command.add_argument(
         "--malloc",
         choices=["keep", "system"],

@@ -7,8 +7,11 @@ import itertools
 import random
 import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +112,18 @@ def synchronize(device: torch.device) -> None:
     """Wait for an accelerator."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+@contextmanager
+def busy(cores: int) -> Iterator[None]:
+    """Share the machine with so many processes that compute all the time, as loaders of data do."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def keep_freed_memory() -> bool:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term, product
 
-BLOCK = 1024  # the most numbers that Inductor keeps in registers between two reductions over them
-LEAST = 256  # numbers of a block, where a row is a whole number of blocks
+BLOCK = 1024  # the most neighbouring numbers that Inductor keeps in registers between two reductions over them
+SPREAD_BLOCK = 64  # the same of numbers that lie apart, as the classes of a dense prediction do
 
 
 @dataclass(eq=False)
@@ -40,25 +40,25 @@ class Summed(Term):
 
 def are_better(label: SoftLabel, logits: Tensor) -> bool:
     """Whether a row and its teacher's would be read several times."""
-    return pay(logits) and logits.shape[1] > BLOCK and len(_predictions(label)) == 1
+    return pay(logits) and logits.shape[1] > _most(logits) and len(_predictions(label)) == 1
 
 
 def pay(logits: Tensor) -> bool:
     """Whether another reading of a row costs time: a core of a CPU has a cache for that."""
-    return not logits.is_cpu and logits.dim() == 2
+    return not logits.is_cpu
 
 
 def survey(label: SoftLabel, x: Tensor) -> tuple[SoftLabel, SoftLabel, Tensor, Tensor]:
-    """Sum rows (N, K) and the one prediction that a soft label holds in blocks.
+    """Sum rows (N, K, ...) and the one prediction that a soft label holds in blocks.
+
+    What a shift leaves of the prediction is known only after that: it takes a second look.
 
     Returns:
         The soft label with the facts of the prediction known; the same for sums over the logits less the largest of
         their row; the largest logit of each row; and sum_c exp(x_c - largest).
     """
     [(place, teacher)] = _predictions(label)
-    weights = teacher.class_weight
-    if weights is not None:
-        weights = weights.unsqueeze(0)
+    weights = None if teacher.class_weight is None else teacher.class_weight.view(1, -1, *[1] * (x.dim() - 2))
     parts = [_sums(*part) for part in _blocks(x, teacher.scaled_logits(x.dtype), weights)]
     highest, total, highest_f, total_f, mass, inner = (torch.cat(of_parts, 1) for of_parts in zip(*parts, strict=True))
     largest, largest_f = highest.amax(1), highest_f.amax(1)
@@ -67,19 +67,18 @@ def survey(label: SoftLabel, x: Tensor) -> tuple[SoftLabel, SoftLabel, Tensor, T
     total, total_f = (total * above.exp()).sum(1), (total_f * factor_f).sum(1)
     inner = (product(factor_f, inner) + product(mass * factor_f, above)).sum(1) / total_f
     amount = teacher.amount if weights is None else teacher.amount * ((mass * factor_f).sum(1) / total_f)
-    known = replace(teacher, largest=largest_f, total=total_f)
-    return (
-        _with(label, place, known),
-        _with(label, place, Summed(amount, product(teacher.amount, inner))),
-        largest,
-        total,
-    )
+    known = _with(label, place, replace(teacher, largest=largest_f, total=total_f))
+    summed = _with(label, place, Summed(amount, product(teacher.amount, inner))) if teacher.is_plain else known
+    return known, summed, largest, total
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of rows (N, K): the largest number, the sum of the exponentials of all others above it, and of what is not -inf
-    the number and the sum of what it is below the largest.
-    """  # noqa: D205
+    """What is known of rows (N, K, ...).
+
+    Returns:
+        The largest number; the sum of the exponentials of all others above it; how many numbers are not -inf; and the
+        sum of what these are below the largest.
+    """
     parts = [_statistics(*part) for part in _blocks(x)]
     highest, others, count, below = (torch.cat(of_parts, 1) for of_parts in zip(*parts, strict=True))
     largest = highest.amax(1)
@@ -111,22 +110,27 @@ def _finite(highest: Tensor) -> Tensor:
 
 
 def _blocks(*rows: Tensor | None) -> list[tuple[Any, ...]]:
-    """Tensors (N, K) as (N, blocks, numbers): in one part where blocks fit, else with a shorter block as another."""
-    classes = max(t.shape[1] for t in rows if t is not None)
-    fitting = [size for size in range(LEAST, BLOCK + 1) if classes % size == 0]
-    size = classes if classes <= BLOCK else fitting[-1] if fitting else BLOCK
+    """Tensors (N, K, ...) as (N, blocks, numbers, ...): one part where blocks fit, else a shorter block is another."""
+    given = next(t for t in rows if t is not None)
+    classes, most = given.shape[1], _most(given)
+    fitting = [size for size in range(most // 4, most + 1) if classes % size == 0]
+    size = classes if classes <= most else fitting[-1] if fitting else most
     whole = classes - classes % size
     ends = [(0, whole, size)] if whole == classes else [(0, whole, size), (whole, classes, classes - whole)]
     return [
-        tuple(None if t is None else t[:, start:end].view(t.shape[0], -1, width) for t in rows)
+        tuple(None if t is None else t[:, start:end].unflatten(1, (-1, width)) for t in rows)
         for start, end, width in ends
     ]
 
 
+def _most(logits: Tensor) -> int:
+    """Numbers of the largest block."""
+    return BLOCK if logits.stride(1) == 1 else SPREAD_BLOCK
+
+
 def _predictions(label: SoftLabel) -> list[tuple[int, Prediction]]:
-    """The terms that are a teacher's prediction, unshifted, and their places."""
-    terms = enumerate(label.terms)
-    return [(place, term) for place, term in terms if isinstance(term, Prediction) and term.is_plain]
+    """The terms that are a teacher's prediction, and their places."""
+    return [(place, term) for place, term in enumerate(label.terms) if isinstance(term, Prediction)]
 
 
 def _with(label: SoftLabel, place: int, term: Term) -> SoftLabel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import softlabels
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import linear, losses, metrics
-from benchmarks.speed.timing import interleave, peak_allocated, ratio
+from benchmarks.speed.timing import busy, interleave, peak_allocated, ratio
 from benchmarks.speed.train_step import LOSSES, resnet18
 from softlabels.metrics import confidence_diversity
 
@@ -35,6 +36,15 @@ def test_ratio_is_the_median_of_pairs():
     paired = ratio([(2.0, 1.0), (30.0, 10.0), (400.0, 100.0)])
     assert (paired.median, paired.low, paired.high) == (3.0, 2.0, 4.0)
     assert ratio([(1.0, 1.0), (9.0, 9.0), (9.0, 1.0)]).median == 1.0  # the ratio of medians would be 9
+
+
+def test_other_processes_compute_meanwhile(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args: started.append(popen(*args)) or started[-1])
+    with busy(2):
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.poll() for process in started)
 
 
 def test_published_parameter_count():

@@ -11,6 +11,15 @@ from softlabels.kernels.ordering import kth_largest, last_kept, prune
 from softlabels.kernels.statistics import statistics
 
 WIDTHS = [7, 1024, 2048, 2051]  # one block; as much as one holds; two; a prime number, so that a shorter one is left
+LAYOUTS = ["rows", "dense", "channels last"]
+
+
+def laid_out(rows, layout):
+    """Rows (4, K) as (2, K, 2), contiguous or with neighbouring classes."""
+    if layout == "rows":
+        return rows
+    dense = rows.view(2, 2, -1).transpose(1, 2)
+    return dense.contiguous() if layout == "dense" else dense
 
 
 def logits(classes):
@@ -22,9 +31,10 @@ def logits(classes):
 
 
 @pytest.mark.parametrize("classes", WIDTHS)
-def test_statistics_of_blocks_are_those_of_rows(classes):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_of_blocks_are_those_of_rows(classes, layout):
     x = logits(classes)
-    largest, others, count, below = blocks.statistics(x)
+    largest, others, count, below = (known.flatten() for known in blocks.statistics(laid_out(x, layout)))
     expected = statistics(x)
     torch.testing.assert_close(largest, expected.largest)
     torch.testing.assert_close(others, expected.others)
@@ -35,14 +45,19 @@ def test_statistics_of_blocks_are_those_of_rows(classes):
 
 @pytest.mark.parametrize("classes", WIDTHS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_losses_by_blocks_are_those_of_the_formula(classes, weighted):
+@pytest.mark.parametrize("shift", [0.0, -1e-4, 0.1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_by_blocks_are_those_of_the_formula(classes, weighted, shift, layout):
     x, f = logits(classes), logits(classes).flip(0)
     f[3, : classes // 2] = -torch.inf
+    x, f = laid_out(x, layout), laid_out(f, layout)
+    amount, index = torch.tensor([0.3, 0.5, 0.0, 1.0], dtype=torch.float64), torch.tensor([classes - 1, 3, 1, 0])
+    row_shape = x.shape[:1] + x.shape[2:]
     weights = torch.rand(classes, dtype=torch.float64) if weighted else None
-    teacher = Prediction(torch.tensor([0.3, 0.5, 0.0, 1.0], dtype=torch.float64), f, 4.0, class_weight=weights)
-    label = SoftLabel([teacher, Label(0.25, torch.tensor([classes - 1, 3, 1, 0]))], torch.ones(4, dtype=torch.float64))
+    teacher = Prediction(amount.view(row_shape), f, 4.0, shift=shift, class_weight=weights)
+    label = SoftLabel([teacher, Label(0.25, index.view(row_shape))], torch.ones(row_shape, dtype=torch.float64))
     expected = formula.cross_entropy(label, x, reduce=False)
-    assert torch.isinf(expected[0])  # the teacher deems possible what the student does not
+    assert torch.isinf(expected.flatten()[0])  # the teacher deems possible what the student does not
     rows, *known = compiled._values_in_blocks(label, x)
     torch.testing.assert_close(rows, expected)
     torch.testing.assert_close(compiled._values(label, x)[0], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -22,10 +23,14 @@ pytestmark = [
 LOSSES = {
     "label smoothing": lambda x, y, f, **o: functional.label_smoothing_map_loss(x, y, beta=0.2, **o),
     "self-distillation": lambda x, y, f, **o: functional.self_distillation_loss(x, y, f, **o),
+    "self-distillation, student over T": lambda x, y, f, **o: functional.self_distillation_loss(
+        x, y, f, scale_student=True, **o
+    ),
     "pruned": lambda x, y, f, **o: functional.pruned_distillation_loss(x, y, f.round(), prune=0.4, **o),
     "Dirichlet MAP": lambda x, y, f, **o: functional.dirichlet_map_loss(x, y, f, gamma=0.9, **o),
+    "Dirichlet MAP, exact": lambda x, y, f, **o: functional.dirichlet_map_loss(x, y, f, sample_weighting="exact", **o),
 }
-SHAPES = {"one block": (5, 61), "several": (5, 1031), "dense": (2, 7, 3)}
+SHAPES = {"one block": (5, 61), "several": (5, 1031), "dense": (2, 7, 3), "dense, several blocks": (2, 131, 3)}
 
 
 def data(shape):
@@ -86,6 +91,16 @@ def test_probabilities(name):
     x[1], x[0, 2:5] = 0.0, 1.0
     target = torch.rand(5, 61).softmax(1)
     check(lambda logits: LOSSES[name](logits, target, f), x)
+
+
+@pytest.mark.parametrize("spread", ["classes", "neighbours", ("classes", "neighbours")], ids=str)
+def test_learned_spreads(spread):
+    x, y, _ = data((5, 61))
+    torch.manual_seed(2)
+    criterion = softlabels.BetaSmoothingLoss(ranking="none", spread=spread)
+    criterion(torch.randn(40, 61), torch.randint(61, (40,)))  # what is known of the classes
+    y[2] = y[3]
+    check(lambda logits: copy.deepcopy(criterion)(logits, y), x)
 
 
 def test_ranked_by_the_batch():

@@ -26,6 +26,7 @@ from softlabels.kernels import autograd, compiled, dispatch
 from softlabels.kernels import blocks as row_blocks
 
 BLOCKS = {"x": 2, "row": 64, "point": 64}  # small, so that small rows take several
+SHARED = 256  # the least numbers that each program takes of a row which several share
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def as_on_a_gpu() -> Iterator[None]:
         (dispatch, "_are_few", lambda logits: False),
         (dispatch, "is_ready_in_forward", lambda logits: False),
         (autograd, "is_ready_in_forward", lambda logits: False),
-        (row_blocks, "pay", lambda logits: logits.dim() == 2),
+        (row_blocks, "pay", lambda logits: True),
         (_rows, "least_and_greatest", lambda values: None),
         (compiled, "_graphs", {}),
         (torch, "compile", lambda function, **options: compile(function)),
@@ -132,12 +133,15 @@ class _Interpreted:
         self.function = load(kernel.source, kernel.name)
         self.function.fn.__globals__.update(libdevice=_functions(), tl_math=_functions())
         self.kernel = kernel
-        self.blocks = blocks(kernel, **BLOCKS)
+        self.shares = "ws_ptr" in kernel.signature  # a scan of which each program does a part
+        self.blocks = blocks(kernel, **{**BLOCKS, "row": SHARED} if self.shares else BLOCKS)
 
     def run(self, *arguments: Any, stream: int) -> None:
         """Start it on enough blocks."""
-        sizes = re.findall(r"^    ([xy])numel = (\d+)$", self.kernel.source, re.MULTILINE)
+        sizes = re.findall(r"^    (x|y|r0_)numel = (\d+)$", self.kernel.source, re.MULTILINE)
         grid = {axis: -(-int(size) // self.blocks.get(f"{axis.upper()}BLOCK", 1)) for axis, size in sizes}
+        if self.shares:
+            grid = {"x": grid["r0_"], "y": grid["x"]}
         given = iter(arguments)
         values = {name: next(given) for name, kind in self.kernel.signature.items() if kind != "constexpr"}
         self.function[(grid.get("x", 1), grid.get("y", 1))](**values, **self.blocks)
