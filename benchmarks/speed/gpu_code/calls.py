@@ -74,6 +74,8 @@ OURS: dict[str, Callable[[Inputs], Tensor]] = {
     "Beta smoothing, batch": lambda i: _beta(i, ranking="batch"),
     "Beta smoothing, random": lambda i: _beta(i, ranking="random"),
     "Beta smoothing, none": lambda i: _beta(i, ranking="none"),
+    "Beta smoothing, batch, spread by class": lambda i: _beta(i, ranking="batch", spread="classes"),
+    "Beta smoothing, batch, spread by neighbours": lambda i: _beta(i, ranking="batch", spread="neighbours"),
     "self-distillation": _distillation,
     "self-distillation, class weights": lambda i: _distillation(i, weight=i.weight),
     "self-distillation, probabilities": lambda i: functional.self_distillation_loss(

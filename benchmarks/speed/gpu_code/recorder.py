@@ -214,6 +214,8 @@ def _by_hand(recorder: Recorder) -> Iterator[list[Any]]:
 def _item(tensor: Tensor, key: Any, original: Any = Tensor.__getitem__) -> Tensor:
     if tensor.is_cpu:
         return original(tensor, key)
+    if isinstance(key, tuple) and key[0] == slice(None) and isinstance(key[1], int):
+        return torch.ops.aten.select.int(tensor, 1, key[1])
     if isinstance(key, slice):
         return torch.ops.aten.slice.Tensor(tensor, 0, key.start, key.stop)
     return torch.ops.aten.index.Tensor(tensor, [key])
