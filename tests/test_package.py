@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pages
 import pytest
-import tomllib
 import typed_script
 import yaml
 
 import softlabels
 from softlabels import functional, metrics, plotting, tuning
+
+tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = (

@@ -63,12 +63,17 @@ class Rows:
     def teacher_argument(
         self, teacher_logits: Tensor | LinearLogits | TopKLogits, *, check: bool = True
     ) -> Tensor | LinearLogits | TopKLogits:
-        """Check teacher logits, if they are the caller's, and bring them to (N, K, d1, ...) without their graph."""
+        """Check teacher logits, if they are the caller's, and bring them to (N, K, d1, ...) without their graph.
+
+        Where rows are all in one dimension, LinearLogits stay what they are.
+        """
         if not isinstance(teacher_logits, Tensor) and isinstance(teacher_logits, LinearLogits | TopKLogits):
             wanted = torch.Size((*self.row_shape, self.num_classes))
             _logits.check_teacher(teacher_logits, self._callers_logits, wanted)
             if isinstance(teacher_logits, TopKLogits):
                 return teacher_logits.rows(self.logits.shape[:1] + self.logits.shape[2:])
+            if self.logits.dim() == 2 and not self.single:
+                return teacher_logits.detach()
             dense = teacher_logits.detach().dense()
             return dense.unsqueeze(0) if self.single else dense.movedim(-1, 1)
         if check:
@@ -122,7 +127,9 @@ class Rows:
         """An amount of a teacher's prediction."""
         if isinstance(teacher_logits, TopKLogits):
             return teacher_logits.term(amount, temperature, keep, shift, self.class_weight, self.dtype)
-        assert isinstance(teacher_logits, Tensor)
+        if isinstance(teacher_logits, LinearLogits):
+            layer = (teacher_logits.hidden, teacher_logits.weight, teacher_logits.bias)
+            return kernels.LinearPrediction(amount, *layer, temperature, keep, shift, class_weight=self.class_weight)
         return kernels.Prediction(amount, teacher_logits, temperature, keep, shift, class_weight=self.class_weight)
 
     def loss(self, *terms: kernels.Term, total: float | None = None, known: kernels.Statistics | None = None) -> Tensor:
@@ -206,22 +213,6 @@ class LinearRows(Rows):
 
     def statistics(self) -> None:
         """They would cost a pass over the blocks, as what is made of them does."""
-
-    def prediction(
-        self,
-        amount: Amount,
-        teacher_logits: Tensor | LinearLogits | TopKLogits,
-        temperature: float,
-        keep: int | None = None,
-        shift: float = 0.0,
-    ) -> kernels.Term:
-        """An amount of a teacher's prediction."""
-        if isinstance(teacher_logits, LinearLogits):
-            layer = teacher_logits
-            return kernels.LinearPrediction(
-                amount, layer.hidden, layer.weight, layer.bias, temperature, keep, shift, class_weight=self.class_weight
-            )
-        return super().prediction(amount, teacher_logits, temperature, keep, shift)
 
     def finish(self, loss: Tensor) -> Tensor:
         """The loss in the caller's shape."""

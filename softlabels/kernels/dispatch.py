@@ -80,11 +80,11 @@ def cross_entropy(
         total = loss.item() if reduce else loss.sum().item()
         return loss if math.isfinite(total) else formula.cross_entropy(label, logits, reduce, log_p)
     if _compiles(logits):
+        label = label.rows(slice(None))  # a graph has no layer of a teacher's: its logits are computed now
         try:
             if fuses(logits.detach()):
                 label = _thresholded(label)
-                tensors = label.tensors()
-            return _closed_form(label, logits, True, reduce, known, tensors)
+            return _closed_form(label, logits, True, reduce, known, label.tensors())
         except compiled.CompilationFailed as error:
             _go_on_uncompiled(logits, error)
     return _closed_form(label, logits, False, reduce, known, tensors)

@@ -48,7 +48,8 @@ class LinearPrediction(Term):
     def rows(self, chosen: Rows) -> Prediction:  # type: ignore[override]
         """The teacher's prediction for some rows, computed now."""
         amount = self.amount[chosen] if isinstance(self.amount, Tensor) and self.amount.dim() else self.amount
-        logits = linear(self.hidden[chosen], self.weight, self.bias)
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            logits = linear(self.hidden[chosen], self.weight, self.bias)
         return Prediction(amount, logits, self.temperature, self.keep, self.shift, class_weight=self.class_weight)
 
     def shares(self, like: Tensor, possible: Tensor | None) -> Tensor:

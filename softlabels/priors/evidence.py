@@ -10,6 +10,7 @@ from torch import Tensor
 from softlabels._processes import of_all_processes
 from softlabels._reading import peek
 from softlabels.functional._rows import Rows
+from softlabels.kernels import LinearLogits
 
 
 class Evidence(NamedTuple):
@@ -22,9 +23,10 @@ class Evidence(NamedTuple):
     samples: Tensor  # (M,) ids; 0 where nobody told them
 
     @classmethod
-    def of(cls, rows: Rows, logits: Tensor, index: Tensor | None) -> Evidence:
+    def of(cls, rows: Rows, logits: Tensor | LinearLogits, index: Tensor | None) -> Evidence:
         """Of a batch, with the logits (N, K, d1, ...) of whoever predicts, and row-shaped sample ids."""
         num_classes = rows.num_classes
+        logits = logits.dense() if isinstance(logits, LinearLogits) else logits
         logits = logits.detach().movedim(1, -1).reshape(-1, num_classes).to(rows.dtype)
         predictions = logits.softmax(1)
         target = rows.target.detach()

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import cases
+import processes
 import pytest
 import torch
+import torch.distributed as dist
 from cases import CASES
+from implementations import IMPLEMENTATIONS, implementation
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softlabels
 from softlabels import LinearLogits, functional
+from softlabels.kernels import linear
 
 ROWS, WIDTH, CLASSES = 13, 5, 17
 BY_NAME = {case.name: case for case in CASES}
@@ -184,6 +193,41 @@ def test_a_teacher_in_blocks_says_what_all_its_logits_say(name, student):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
         incoming = torch.randn_like(expected)
         torch.testing.assert_close(gradients(actual, tensors, incoming), gradients(expected, tensors, incoming))
+
+
+@pytest.mark.parametrize("way", [*IMPLEMENTATIONS, "compiled"])
+@pytest.mark.parametrize("name", ["self_distillation", "pruned_distillation", "dirichlet_map-normalized"])
+def test_every_implementation_takes_a_dense_student_and_a_layer_of_the_teacher(name, way):
+    case = BY_NAME[name]
+    target, _ = common(ROWS, ignored=0.3)
+    teacher = LinearLogits(*layer(seed=3), block=5)
+    student = LinearLogits(*layer()).dense().detach().requires_grad_()
+    expected = case.call(student, target, teacher_logits=teacher.dense())
+    context = implementation("closed" if way == "compiled" else way)
+    with context, softlabels.backend("compile" if way == "compiled" else "eager"):
+        actual = case.call(student, target, teacher_logits=teacher)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gradients(actual, student), gradients(expected, student), rtol=1e-10, atol=1e-10)
+
+
+def test_a_dense_student_has_its_teacher_in_blocks():
+    rows = 16
+    target, _ = common(rows)
+    student, teacher = torch.randn(rows, CLASSES, requires_grad=True), LinearLogits(*layer(rows, torch.float32, seed=3))
+    computed = []
+    product = linear.linear
+    with pytest.MonkeyPatch.context() as patched, implementation("blocks"):
+        patched.setattr(linear, "linear", lambda h, *layer: computed.append(len(h)) or product(h, *layer))
+        functional.self_distillation_loss(student, target, teacher).backward()
+    assert sum(computed) == rows
+    assert max(computed) < rows
+
+
+@pytest.mark.parametrize("name", ["label_smoothing_map", "self_distillation", "dirichlet_map-normalized"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_blocks_are_compiled_too(name, reduction):
+    with softlabels.backend("compile"):
+        check(BY_NAME[name], ROWS, 5, reduction, ignored=0.2)
 
 
 @pytest.mark.parametrize("ranking", ["batch", "history", "random", "none"])
@@ -362,6 +406,42 @@ def test_a_sharded_layer_raises_by_name():
     hidden, weight, _ = layer()
     with pytest.raises(TypeError, match=r"weight is a DTensor.* pass weight.full_tensor\(\)"):
         LinearLogits(hidden, weight.detach().as_subclass(DTensor))
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        return LinearLogits(self.body(x), self.head.weight, self.head.bias)
+
+
+def sharded_and_plain_gradients():
+    """Those of a model under FSDP2, and those of the dense losses of both processes, averaged."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    plain = Tagger().double()
+    model, x, y = copy.deepcopy(plain), torch.randn(8, WIDTH).double(), torch.randint(CLASSES, (8,))
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model.body, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    own, teacher = slice(dist.get_rank(), None, 2), torch.randn(8, CLASSES).double()
+    functional.self_distillation_loss(model(x[own]), y[own], teacher[own]).backward()
+    sharded = [parameter.grad.full_tensor().tolist() for parameter in model.parameters()]
+    halves = [
+        functional.self_distillation_loss(plain(x[h]).dense(), y[h], teacher[h])
+        for h in (slice(0, None, 2), slice(1, None, 2))
+    ]
+    dist.destroy_process_group()
+    return sharded, [gradient.tolist() for gradient in torch.autograd.grad(sum(halves) / 2, list(plain.parameters()))]
+
+
+def test_gradients_of_a_sharded_model_are_the_mean_of_those_of_its_processes():
+    for sharded, plain in processes.both(sharded_and_plain_gradients):
+        for own, expected in zip(sharded, plain, strict=True):
+            torch.testing.assert_close(torch.tensor(own), torch.tensor(expected))
 
 
 def test_targets_are_labels_of_the_rows():

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.speed.gpu_code import inductor, program
-from softlabels.kernels import compiled, dispatch
+from softlabels.kernels import compiled, dispatch, linear
 from softlabels.kernels.autograd import ClosedForm
 
 # Kernels that operations of torch start, at least; all others start one.
@@ -113,13 +113,13 @@ class Recorder(TorchDispatchMode):
 def ours(loss: Callable[[], Tensor], recorder: Recorder) -> Call:
     """Record a loss of softlabels on fake tensors of a GPU, as its backend "auto" runs it there."""
     call = Call()
-    with _by_hand(recorder) as contexts, recorder:
+    with _by_hand(recorder) as nodes, recorder:
         loss()
         call.forward = recorder.taken()
         incoming = torch.empty((), device="cuda")
         with torch.no_grad():
-            for context in contexts:
-                ClosedForm.backward(context, incoming)
+            for node, context in nodes:
+                node.backward(context, incoming)
         call.backward = recorder.taken()
     return call
 
@@ -176,17 +176,33 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _by_hand(recorder: Recorder) -> Iterator[list[Any]]:
-    """Let softlabels run on fake tensors: its graphs are noted, and autograd, which asks the driver, is not asked."""
-    contexts: list[Any] = []
+def _by_hand(recorder: Recorder) -> Iterator[list[tuple[Any, Any]]]:
+    """Let softlabels run on fake tensors: its graphs are noted, and autograd, which asks the driver, is not asked.
+
+    Returns:
+        Nodes of the graph that would be there, with their contexts.
+    """
+    nodes: list[tuple[Any, Any]] = []
+
+    def apply(node: Any, *arguments: Any) -> Tensor:
+        context = _Context(needs_input_grad=[True] * len(arguments))
+        nodes.append((node, context))
+        with torch.no_grad():
+            return node.forward(context, *arguments)  # type: ignore[no-any-return]
 
     def closed_form(
         label: Any, logits: Tensor, compile: bool, reduce: bool, known: Any, tensors: list[Tensor]
     ) -> Tensor:
-        context = _Context()
-        contexts.append(context)
-        with torch.no_grad():
-            return ClosedForm.forward(context, logits, label, compile, reduce, known, *tensors)
+        return apply(ClosedForm, logits, label, compile, reduce, known, *tensors)
+
+    def of_layer(label: Any, logits: Any, reduce: bool, compile: bool) -> Tensor:
+        layer = (logits.hidden, logits.weight, logits.bias)
+        return apply(linear.LinearCrossEntropy, *layer, label, logits.block, reduce, compile, *label.tensors())
+
+    def blocks(weight: Any, logits: Any) -> list[slice]:
+        if isinstance(weight, Tensor) and weight.dim():
+            recorder.events.append(Event("nonzero", 1, 0.0, waits=True))  # which rows count
+        return [slice(start, start + logits.block) for start in range(0, logits.shape[0], logits.block)]
 
     def compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         def graph(*inputs: Tensor) -> Any:
@@ -198,6 +214,8 @@ def _by_hand(recorder: Recorder) -> Iterator[list[Any]]:
 
     with (
         mock.patch.object(dispatch, "_closed_form", closed_form),
+        mock.patch.object(linear, "cross_entropy", of_layer),
+        mock.patch.object(linear, "_blocks", blocks),
         mock.patch.object(dispatch, "is_ordinary", return_value=True),
         mock.patch.object(compiled, "can_compile", return_value=True),
         mock.patch.object(compiled, "_graphs", {}),
@@ -206,19 +224,32 @@ def _by_hand(recorder: Recorder) -> Iterator[list[Any]]:
         mock.patch.object(
             Tensor, "__invert__", lambda tensor: torch.bitwise_not(tensor)
         ),  # the binding asks the driver
-        mock.patch.object(Tensor, "__getitem__", _item),  # and so does this one
+        mock.patch.object(Tensor, "__getitem__", _item),  # and so do these two
+        mock.patch.object(Tensor, "__setitem__", _set_item),
     ):
-        yield contexts
+        yield nodes
 
 
 def _item(tensor: Tensor, key: Any, original: Any = Tensor.__getitem__) -> Tensor:
     if tensor.is_cpu:
         return original(tensor, key)
-    if isinstance(key, tuple) and key[0] == slice(None) and isinstance(key[1], int):
-        return torch.ops.aten.select.int(tensor, 1, key[1])
-    if isinstance(key, slice):
-        return torch.ops.aten.slice.Tensor(tensor, 0, key.start, key.stop)
+    keys = key if isinstance(key, tuple) else (key,)
+    if all(isinstance(one, slice | int) for one in keys):
+        dim = 0
+        for one in keys:
+            if isinstance(one, slice):
+                tensor, dim = torch.ops.aten.slice.Tensor(tensor, dim, one.start, one.stop), dim + 1
+            else:
+                tensor = torch.ops.aten.select.int(tensor, dim, one)
+        return tensor
     return torch.ops.aten.index.Tensor(tensor, [key])
+
+
+def _set_item(tensor: Tensor, key: Any, value: Any, original: Any = Tensor.__setitem__) -> None:
+    if tensor.is_cpu:
+        original(tensor, key, value)
+    else:
+        torch.ops.aten.copy_(_item(tensor, key), value)
 
 
 class _Context(types.SimpleNamespace):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.speed.gpu_code.count import Count
+from benchmarks.speed.gpu_code.layers import Work
 from benchmarks.speed.gpu_code.step import Part
 
 
@@ -36,6 +37,15 @@ def kernels(heading: str, rows: Mapping[str, Count]) -> str:
             numbers = (kernel.loops, kernel.loads, kernel.stores, kernel.moved, kernel.registers, kernel.spilled)
             lines.append(f"| {name} | {kernel.graph} | {' | '.join(map(str, numbers))} |")
     return "\n".join(f"    {line}" for line in ['??? note "Kernels, ' + heading + '"', "", *lines])[4:]
+
+
+def blocks(heading: str, rows: Mapping[str, Work]) -> str:
+    """Two lines per loss of a layer's logits."""
+    columns = [heading, "products", "other kernels", "waits", "MB moved beside the products"]
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row.products} | {row.kernels} | {row.waits} | {row.moved / 1e6:.4g} |")
+    return "\n".join(lines)
 
 
 def steps(heading: str, rows: Mapping[str, Part]) -> str:
