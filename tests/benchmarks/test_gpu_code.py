@@ -14,10 +14,25 @@ from benchmarks.speed.gpu_code import program
 from benchmarks.speed.gpu_code.build import missing
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/speed/gpu-code/records.json"
-TWO_LEVELS = ["label smoothing", "label smoothing, sample weights", "Beta smoothing, batch", "Beta smoothing, none"]
-TEACHER = ["self-distillation", "Dirichlet MAP, none"]
+TWO_LEVELS = [
+    "label smoothing",
+    "label smoothing, class weights",
+    "label smoothing, sample weights",
+    "label smoothing, (N, K, d1)",
+    "Beta smoothing, confidence given",
+    "Beta smoothing, batch",
+    "Beta smoothing, random",
+    "Beta smoothing, none",
+]
+TEACHER = [
+    "self-distillation",
+    "self-distillation, class weights",
+    "self-distillation, (N, K, d1)",
+    "Dirichlet MAP, none",
+]
 MOVED = {**dict.fromkeys(TWO_LEVELS, 3.0), **dict.fromkeys(TEACHER, 5.0)}  # N K numbers, forward and backward
 KERNELS = {"label smoothing": 5, "Beta smoothing, batch": 12, "self-distillation": 6}
+ALLOCATES = ["spread by", "nn.CrossEntropyLoss", "F.kl_div"]  # something of the logits' size beside the gradient
 
 PROGRAM = """
 async_compile.triton('two_loops', '''
@@ -62,7 +77,7 @@ def test_another_build_of_torch_is_told_what_to_install():
 
 def check(heading, name, count):
     assert count["moved"] <= MOVED[name] + 1e-9, (heading, name)
-    assert count["forward"] + count["backward"] <= KERNELS.get(name, 12), (heading, name)
+    assert count["forward"] + count["backward"] <= KERNELS.get(name, 13), (heading, name)
     assert count["waits"] == count["spilled"] == 0, (heading, name)
     assert not count["allocated"], (heading, name)
 
@@ -73,12 +88,15 @@ def test_committed_counts_are_within_the_limits():
         heading = f"K = {classes}, bfloat16"
         for name in MOVED:
             check(heading, name, results[heading][name])
+        for name, count in results[heading].items():
+            assert not (count["allocated"] and not any(part in name for part in ALLOCATES)), (heading, name)
+            assert count["waits"] == count["spilled"] == 0, (heading, name)
 
 
 @pytest.mark.gpu_code
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="kernels that are interpreted are not assembled")
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [*KERNELS, "self-distillation, (N, K, d1)"])
 @pytest.mark.parametrize("classes", [32000, 128256])
 def test_counts_are_within_the_limits(name, classes):
     from dataclasses import asdict
