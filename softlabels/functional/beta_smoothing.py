@@ -146,12 +146,6 @@ def _amounts(
     """What is spread, with one draw b = U ** (1 / a) from Beta(a, 1) per row: most (1 - b)."""
     logits, power = rows.logits, 1.0 / concentration
     if confidence is not None:
-        if not joint and confidence.numel() <= kernels.COUNTED and kernels.fuses(confidence):
-            exponentials = torch.empty(confidence.numel() + 1, dtype=torch.float64, device=confidence.device)
-            exponentials.exponential_(generator=generator)
-            arguments = (most, power, confidence, rows.counted, exponentials, rows.dtype)
-            amounts: Tensor = kernels.fused(kernels.counted_amounts, *arguments)
-            return amounts
         return kernels.ranked_amounts(most, power, confidence, rows.counted, generator, rows.dtype, joint=joint)
     uniforms = kernels.uniforms(logits.shape[:1] + logits.shape[2:], logits.device, generator)
     return kernels.unranked_amounts(most, power, uniforms, rows.dtype)

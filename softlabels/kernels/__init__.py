@@ -5,17 +5,16 @@ tensors are (N,) or (N, d1, ...). Nothing here knows of losses or papers.
 """
 
 from softlabels.kernels.backend import backend, get_backend, set_backend
-from softlabels.kernels.dispatch import confidence_penalty, cross_entropy, fused, fuses, statistics
+from softlabels.kernels.dispatch import confidence_penalty, cross_entropy, fused, ranked_amounts, statistics
 from softlabels.kernels.linear import LinearPrediction, by_blocks
 from softlabels.kernels.linear_logits import LinearLogits
-from softlabels.kernels.ordering import COUNTED, counted_amounts, ranked_amounts, uniforms, unranked_amounts
+from softlabels.kernels.ordering import uniforms, unranked_amounts
 from softlabels.kernels.soft_label import Amount, Even, Given, Label, Prediction, SoftLabel, Term, working_dtype
 from softlabels.kernels.spread import Spread
 from softlabels.kernels.statistics import Statistics
 from softlabels.kernels.top_k_logits import TopKLogits
 
 __all__ = [
-    "COUNTED",
     "Amount",
     "Even",
     "Given",
@@ -31,10 +30,8 @@ __all__ = [
     "backend",
     "by_blocks",
     "confidence_penalty",
-    "counted_amounts",
     "cross_entropy",
     "fused",
-    "fuses",
     "get_backend",
     "ranked_amounts",
     "set_backend",

@@ -118,7 +118,7 @@ def _blocks(*rows: Tensor | None) -> list[tuple[Any, ...]]:
     whole = classes - classes % size
     ends = [(0, whole, size)] if whole == classes else [(0, whole, size), (whole, classes, classes - whole)]
     return [
-        tuple(None if t is None else t[:, start:end].unflatten(1, (-1, width)) for t in rows)
+        tuple(None if t is None else torch.unflatten(t[:, start:end], 1, (-1, width)) for t in rows)
         for start, end, width in ends
     ]
 

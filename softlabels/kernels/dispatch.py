@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from softlabels._reading import break_graph, is_observed, is_ordinary
-from softlabels.kernels import compiled, eager, formula, linear
+from softlabels.kernels import compiled, eager, formula, linear, ordering
 from softlabels.kernels.autograd import ClosedForm, is_ready_in_forward
 from softlabels.kernels.backend import get_backend
 from softlabels.kernels.linear_logits import LinearLogits
+from softlabels.kernels.ordering import COUNTED
 from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term
 from softlabels.kernels.statistics import Statistics, statistics_with_log_p
 
@@ -46,13 +47,10 @@ def statistics(logits: Tensor, *, reduce: bool = False) -> Statistics:
     """What can be known of rows before their soft label, for `cross_entropy` with the same ``reduce``."""
     if is_observed() or not is_ordinary(logits) or _are_few(logits):
         return statistics_with_log_p(logits)
-    if _compiles(logits):
-        try:
-            return compiled.statistics(logits)
-        except compiled.CompilationFailed as error:
-            _go_on_uncompiled(logits, error)
-    wants_gradient = logits.requires_grad and torch.is_grad_enabled()
-    return eager.statistics(logits.detach(), wants_gradient and reduce and is_ready_in_forward(logits))
+    keeps_softmax = logits.requires_grad and torch.is_grad_enabled() and reduce and is_ready_in_forward(logits)
+    return _compiled_or(
+        logits, lambda: compiled.statistics(logits), lambda: eager.statistics(logits.detach(), keeps_softmax)
+    )
 
 
 def cross_entropy(
@@ -79,15 +77,11 @@ def cross_entropy(
         loss = formula.cross_entropy(label, logits, reduce, log_p, careful=False)
         total = loss.item() if reduce else loss.sum().item()
         return loss if math.isfinite(total) else formula.cross_entropy(label, logits, reduce, log_p)
-    if _compiles(logits):
-        label = label.rows(slice(None))  # a graph has no layer of a teacher's: its logits are computed now
-        try:
-            if fuses(logits.detach()):
-                label = _thresholded(label)
-            return _closed_form(label, logits, True, reduce, known, label.tensors())
-        except compiled.CompilationFailed as error:
-            _go_on_uncompiled(logits, error)
-    return _closed_form(label, logits, False, reduce, known, tensors)
+    return _compiled_or(
+        logits,
+        lambda: _closed_form(_for_a_graph(label, logits), logits, True, reduce, known),
+        lambda: _closed_form(label, logits, False, reduce, known),
+    )
 
 
 def confidence_penalty(label: Term, weight: Amount, beta: float, logits: Tensor | LinearLogits, reduce: bool) -> Tensor:
@@ -109,12 +103,29 @@ def _of_linear(label: SoftLabel, logits: LinearLogits, reduce: bool) -> Tensor:
     learn = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if is_observed() or learn or not is_ordinary(*layer, *tensors):
         return linear.whole(label, logits, reduce)
-    if _compiles(logits.hidden):
-        try:
-            return linear.cross_entropy(label, logits, reduce, True)
-        except compiled.CompilationFailed as error:
-            _go_on_uncompiled(logits.hidden, error)
-    return linear.cross_entropy(label, logits, reduce, False)
+    return _compiled_or(
+        logits.hidden,
+        lambda: linear.cross_entropy(label, logits, reduce, True),
+        lambda: linear.cross_entropy(label, logits, reduce, False),
+    )
+
+
+def ranked_amounts(
+    most: float,
+    power: float,
+    score: Tensor,
+    kept: Tensor | None,
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    *,
+    joint: bool = False,
+) -> Tensor:
+    """`ordering.ranked_amounts`; without a sort where kernels fuse, of few rows."""
+    if joint or score.numel() > COUNTED or not fuses(score):
+        return ordering.ranked_amounts(most, power, score, kept, generator, dtype, joint=joint)
+    exponentials = torch.empty(score.numel() + 1, dtype=torch.float64, device=score.device)
+    exponentials.exponential_(generator=generator)
+    return fused(ordering.counted_amounts, most, power, score, kept, exponentials, dtype)
 
 
 def fused(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -123,13 +134,12 @@ def fused(function: Callable[..., Result], *arguments: Any) -> Result:
     Other arguments are numbers, or constants that a graph is made for.
     """
     given = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if fuses(*given):
-        try:
-            result: Result = compiled.fused(function, arguments, given[0].device)
-            return result
-        except compiled.CompilationFailed as error:
-            _go_on_uncompiled(given[0], error)
-    return function(*arguments)
+    if not fuses(*given):
+        return function(*arguments)
+    result: Result = _compiled_or(
+        given[0], lambda: compiled.fused(function, arguments, given[0].device), lambda: function(*arguments)
+    )
+    return result
 
 
 def fuses(*tensors: Tensor) -> bool:
@@ -143,17 +153,19 @@ def fuses(*tensors: Tensor) -> bool:
     )
 
 
-def _closed_form(
-    label: SoftLabel, logits: Tensor, compile: bool, reduce: bool, known: Statistics | None, tensors: list[Tensor]
-) -> Tensor:
+def _closed_form(label: SoftLabel, logits: Tensor, compile: bool, reduce: bool, known: Statistics | None) -> Tensor:
     if logits.requires_grad and torch.is_grad_enabled():
-        result: Tensor = ClosedForm.apply(logits, label, compile, reduce, known, *tensors)  # type: ignore[no-untyped-call]
+        result: Tensor = ClosedForm.apply(logits, label, compile, reduce, known, *label.tensors())  # type: ignore[no-untyped-call]
         return result
     rows = compiled.values(label, logits, known)[0] if compile else eager.values(label, logits)
     return rows.sum() if reduce else rows
 
 
-def _thresholded(label: SoftLabel) -> SoftLabel:
+def _for_a_graph(label: SoftLabel, logits: Tensor) -> SoftLabel:
+    """The same, of tensors of rows alone: a teacher's layer is computed now; thresholds prune where kernels fuse."""
+    label = label.rows(slice(None))
+    if not fuses(logits.detach()):
+        return label
     terms = [term.thresholded(fused) if isinstance(term, Prediction) else term for term in label.terms]
     return replace(label, terms=terms)
 
@@ -170,9 +182,14 @@ def _compiles(logits: Tensor) -> bool:
     return wanted and compiled.can_compile(logits)
 
 
-def _go_on_uncompiled(logits: Tensor, error: compiled.CompilationFailed) -> None:
-    """Warn once; but raise if the user asked to compile."""
-    if get_backend() == "compile":
-        raise error
-    _failed.add(logits.device.type)
-    warnings.warn(f"{error.args[0]}; from now on they run uncompiled", stacklevel=2)
+def _compiled_or(logits: Tensor, compiled_way: Callable[[], Result], otherwise: Callable[[], Result]) -> Result:
+    """What the compiled way gives, where it is wanted and works. If not, warn once; but raise if the user asked."""
+    if _compiles(logits):
+        try:
+            return compiled_way()
+        except compiled.CompilationFailed as error:
+            if get_backend() == "compile":
+                raise
+            _failed.add(logits.device.type)
+            warnings.warn(f"{error.args[0]}; from now on they run uncompiled", stacklevel=2)
+    return otherwise()

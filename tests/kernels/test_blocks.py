@@ -6,8 +6,8 @@ import pytest
 import reference
 import torch
 
-from softlabels.kernels import Label, Prediction, SoftLabel, blocks, compiled, counted_amounts, formula
-from softlabels.kernels.ordering import kth_largest, last_kept, prune
+from softlabels.kernels import Label, Prediction, SoftLabel, blocks, compiled, formula
+from softlabels.kernels.ordering import counted_amounts, kth_largest, last_kept, prune
 from softlabels.kernels.statistics import statistics
 
 WIDTHS = [7, 1024, 2048, 2051]  # one block; as much as one holds; two; a prime number, so that a shorter one is left

@@ -190,10 +190,8 @@ def _by_hand(recorder: Recorder) -> Iterator[list[tuple[Any, Any]]]:
         with torch.no_grad():
             return node.forward(context, *arguments)  # type: ignore[no-any-return]
 
-    def closed_form(
-        label: Any, logits: Tensor, compile: bool, reduce: bool, known: Any, tensors: list[Tensor]
-    ) -> Tensor:
-        return apply(ClosedForm, logits, label, compile, reduce, known, *tensors)
+    def closed_form(label: Any, logits: Tensor, compile: bool, reduce: bool, known: Any) -> Tensor:
+        return apply(ClosedForm, logits, label, compile, reduce, known, *label.tensors())
 
     def of_layer(label: Any, logits: Any, reduce: bool, compile: bool) -> Tensor:
         layer = (logits.hidden, logits.weight, logits.bias)
