@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
+from versions import compile_backend, fsdp2, whole_graph
 
 import softlabels
 from softlabels import LinearLogits, functional
@@ -195,7 +196,7 @@ def test_a_teacher_in_blocks_says_what_all_its_logits_say(name, student):
         torch.testing.assert_close(gradients(actual, tensors, incoming), gradients(expected, tensors, incoming))
 
 
-@pytest.mark.parametrize("way", [*IMPLEMENTATIONS, "compiled"])
+@pytest.mark.parametrize("way", [*IMPLEMENTATIONS, pytest.param("compiled", marks=compile_backend)])
 @pytest.mark.parametrize("name", ["self_distillation", "pruned_distillation", "dirichlet_map-normalized"])
 def test_every_implementation_takes_a_dense_student_and_a_layer_of_the_teacher(name, way):
     case = BY_NAME[name]
@@ -223,6 +224,7 @@ def test_a_dense_student_has_its_teacher_in_blocks():
     assert max(computed) < rows
 
 
+@compile_backend
 @pytest.mark.parametrize("name", ["label_smoothing_map", "self_distillation", "dirichlet_map-normalized"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_blocks_are_compiled_too(name, reduction):
@@ -359,6 +361,7 @@ def test_made_under_autocast_its_tensors_are_cast():
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's, as it leaves a graph
+@whole_graph
 def test_compiled_programs_leave_the_graph():
     target, _ = common(ROWS)
     tensors = layer()
@@ -438,6 +441,7 @@ def sharded_and_plain_gradients():
     return sharded, [gradient.tolist() for gradient in torch.autograd.grad(sum(halves) / 2, list(plain.parameters()))]
 
 
+@fsdp2
 def test_gradients_of_a_sharded_model_are_the_mean_of_those_of_its_processes():
     for sharded, plain in processes.both(sharded_and_plain_gradients):
         for own, expected in zip(sharded, plain, strict=True):

@@ -12,6 +12,7 @@ import torch
 from implementations import IMPLEMENTATIONS, implementation
 from processes import spawn
 from torch import nn
+from versions import compile_backend
 
 from softlabels import BetaSmoothingLoss, backend
 from softlabels.functional import beta_smoothing_loss, beta_smoothing_targets
@@ -336,6 +337,7 @@ def test_dense_predictions_are_rows(spread):
         torch.testing.assert_close(dense.state_dict()[name], table)
 
 
+@compile_backend
 @pytest.mark.parametrize("spread", SPREADS)
 def test_compiled_as_eager(spread):
     """Within a graph of the user's, and by the compile backend."""

@@ -7,7 +7,7 @@ import torch
 from loops import MeanTeacher, batches, train
 from processes import spawn
 from torch import nn
-from versions import TORCH
+from versions import fsdp2
 
 import softlabels
 
@@ -142,7 +142,7 @@ def fsdp_worker(rank):
     return results
 
 
-@pytest.mark.skipif(TORCH < (2, 7), reason="FSDP2 of torch 2.6 does not run on a CPU")
+@fsdp2
 def test_fsdp2():
     """Attached before or after sharding, it is the run of DistributedDataParallel; the averages are sharded."""
     for sharded, attached_first, whole in spawn(fsdp_worker):
