@@ -91,10 +91,6 @@ class Rows:
     def _callers_logits(self) -> Tensor:
         return self.logits.squeeze(0) if self.single else self.logits
 
-    def over(self, temperature: float) -> Rows:
-        """The same with the logits over a temperature."""
-        return replace(self, logits=self.logits.to(self.dtype) / temperature)
-
     def statistics(self) -> kernels.Statistics | None:
         """What is known of the rows before their soft label."""
         return kernels.statistics(self.logits, reduce=self.reduction != "none")
@@ -141,6 +137,11 @@ class Rows:
             total = None
         label = kernels.SoftLabel(_present(terms), self.weight(), total)
         return self.finish(kernels.cross_entropy(label, self.logits, reduce=self.reduction != "none", known=known))
+
+    def loss_of_two_scales(self, plain: kernels.Term, scaled: kernels.Term, temperature: float) -> Tensor:
+        """The loss of a term, and of logits over a temperature that of another, added up."""
+        divided = replace(self, logits=self.logits.to(self.dtype) / temperature)
+        return self.loss(plain) + divided.loss(scaled)
 
     def finish(self, loss: Tensor) -> Tensor:
         """The loss in the caller's shape."""
@@ -205,11 +206,10 @@ class LinearRows(Rows):
         """Check the caller's spread (..., K) and bring it to (N, K) without its graph."""
         return super().spread_argument(spread).reshape(-1, self.num_classes)
 
-    def over(self, temperature: float) -> LinearRows:
-        """The same with the logits over a temperature."""
-        layer = self.logits
-        bias = None if layer.bias is None else layer.bias / temperature
-        return replace(self, logits=replace(layer, hidden=layer.hidden / temperature, bias=bias))
+    def loss_of_two_scales(self, plain: kernels.Term, scaled: kernels.Term, temperature: float) -> Tensor:
+        """The reduced cross-entropies against a term, and of logits over a temperature against another, added up."""
+        label = kernels.TwoScales([plain, scaled], self.weight(), divisor=temperature)
+        return self.finish(kernels.cross_entropy(label, self.logits, reduce=self.reduction != "none"))
 
     def statistics(self) -> None:
         """They would cost a pass over the blocks, as what is made of them does."""

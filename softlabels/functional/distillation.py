@@ -86,9 +86,8 @@ def self_distillation(
     keep = kept_classes(prune, rows.num_classes)
     if not scale_student or alpha == 1:
         return rows.loss(*_mixture(rows, teacher, alpha, temperature, keep), total=1.0)
-    scaled = rows.over(temperature)
-    soft = (1 - alpha) * temperature**2
-    return rows.loss(rows.label(alpha)) + scaled.loss(scaled.prediction(soft, teacher, temperature, keep))
+    soft = rows.prediction((1 - alpha) * temperature**2, teacher, temperature, keep)
+    return rows.loss_of_two_scales(rows.label(alpha), soft, temperature)
 
 
 def _mixture(

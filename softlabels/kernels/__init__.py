@@ -6,7 +6,7 @@ tensors are (N,) or (N, d1, ...). Nothing here knows of losses or papers.
 
 from softlabels.kernels.backend import backend, get_backend, set_backend
 from softlabels.kernels.dispatch import confidence_penalty, cross_entropy, fused, ranked_amounts, statistics
-from softlabels.kernels.linear import LinearPrediction, by_blocks
+from softlabels.kernels.linear import LinearPrediction, TwoScales, by_blocks
 from softlabels.kernels.linear_logits import LinearLogits
 from softlabels.kernels.ordering import uniforms, unranked_amounts
 from softlabels.kernels.soft_label import Amount, Even, Given, Label, Prediction, SoftLabel, Term, working_dtype
@@ -27,6 +27,7 @@ __all__ = [
     "Statistics",
     "Term",
     "TopKLogits",
+    "TwoScales",
     "backend",
     "by_blocks",
     "confidence_penalty",

@@ -64,6 +64,19 @@ class PenalizedLabel(SoftLabel):
     beta: float = 0.0
 
 
+@dataclass(eq=False)
+class TwoScales(SoftLabel):
+    """Two terms, and the cross-entropies with the logits and with the logits over a number, added up."""
+
+    divisor: float = 1.0
+
+    def parts(self, x: Tensor) -> list[tuple[SoftLabel, Tensor]]:
+        """For each term a soft label and its logits in the working dtype."""
+        x = x.to(working_dtype(x))
+        first, second = (SoftLabel([term], self.weight) for term in self.terms)
+        return [(first, x), (second, x / self.divisor)]
+
+
 def by_blocks(function: Callable[..., Tensor], logits: LinearLogits, *others: Tensor, counted: Tensor | None) -> Tensor:
     """A function of rows that gives one number for each, block by block; 0 for rows that do not count.
 
@@ -109,6 +122,9 @@ def whole(label: SoftLabel, logits: LinearLogits, reduce: bool) -> Tensor:
     x = linear(hidden, logits.weight, logits.bias)
     if isinstance(label, PenalizedLabel):
         return formula.confidence_penalty(label.terms[0], label.weight, label.beta, x, reduce)
+    if isinstance(label, TwoScales):
+        first, second = (formula.cross_entropy(part, scaled, reduce) for part, scaled in label.parts(x))
+        return first + second
     return formula.cross_entropy(label, x, reduce)
 
 
@@ -219,12 +235,19 @@ def _values(label: SoftLabel, logits: LinearLogits, compile: bool) -> Tensor:
     """The loss of each row."""
     result = torch.zeros(logits.shape[0], dtype=working_dtype(logits.hidden), device=logits.device)
     for rows in _blocks(label.weight, logits):
-        part, x = label.rows(rows), linear(logits.hidden[rows], logits.weight, logits.bias)
-        if isinstance(part, PenalizedLabel):
-            result[rows] = formula.confidence_penalty(part.terms[0], part.weight, part.beta, x, reduce=False)
-        else:
-            result[rows] = compiled.values(part, x)[0] if compile else eager.values(part, x)
+        result[rows] = _values_of_block(
+            label.rows(rows), linear(logits.hidden[rows], logits.weight, logits.bias), compile
+        )
     return result
+
+
+def _values_of_block(label: SoftLabel, x: Tensor, compile: bool) -> Tensor:
+    if isinstance(label, PenalizedLabel):
+        return formula.confidence_penalty(label.terms[0], label.weight, label.beta, x, reduce=False)
+    if isinstance(label, TwoScales):
+        first, second = (_values_of_block(part, scaled, compile) for part, scaled in label.parts(x))
+        return first + second
+    return compiled.values(label, x)[0] if compile else eager.values(label, x)
 
 
 def _of_block(label: SoftLabel, x: Tensor, compile: bool) -> tuple[Tensor, Tensor]:
@@ -234,6 +257,9 @@ def _of_block(label: SoftLabel, x: Tensor, compile: bool) -> tuple[Tensor, Tenso
             leaf = x.detach().requires_grad_()
             loss = formula.confidence_penalty(label.terms[0], label.weight, label.beta, leaf, reduce=True)
             return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+    if isinstance(label, TwoScales):
+        (first, gradient), (second, other) = (_of_block(part, scaled, compile) for part, scaled in label.parts(x))
+        return first + second, gradient.add_(other, alpha=1.0 / label.divisor).to(x.dtype)
     if not compile:
         return eager.value_and_gradient(label, x)
     if x.is_cpu and x.dtype == working_dtype(x):

@@ -115,10 +115,10 @@ def test_rows_that_do_not_count_are_not_computed():
     assert seen
 
 
-@pytest.mark.parametrize("name", ["label_smoothing_map", "self_distillation", "dirichlet_map-normalized"])
+@pytest.mark.parametrize("case", CASES, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_no_further_from_the_truth_than_a_plain_layer(name, dtype):
-    case, rows = BY_NAME[name], 96
+def test_half_precision_is_no_further_from_the_truth_than_a_plain_layer(case, dtype):
+    rows = 96
     target, _ = common(rows)
     tensors = layer(rows, dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
@@ -130,7 +130,8 @@ def test_half_precision_is_no_further_from_the_truth_than_a_plain_layer(name, dt
     assert loss.dtype == torch.float32
     for ours, theirs, true in zip(gradients(loss, tensors), plain, truth, strict=True):
         assert ours.dtype == dtype
-        assert (ours - true).norm() <= 1.02 * (theirs - true).norm()
+        rounding = (true.to(dtype) - true).norm()  # of 17 numbers, the last rounding is a matter of luck
+        assert (ours - true).norm() <= 1.02 * (theirs - true).norm() + 0.2 * rounding
 
 
 def test_a_scaled_loss_keeps_small_gradients_in_half_precision():
