@@ -27,7 +27,7 @@ loader = DataLoader(TensorDataset(x[:1200], y[:1200]), batch_size=32, shuffle=Tr
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99).attach(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(model)
 accelerator.register_for_checkpointing(criterion)
 
 for _ in range(8):

@@ -27,7 +27,7 @@ model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(devi
 model = DistributedDataParallel(model)
 # Each process ranks the rows of its own batch, and keeps the same average as the others without communication.
 # global_ranking=True would rank the rows of all processes together, at the price of waiting for each other.
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99).attach(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 for epoch in range(6):

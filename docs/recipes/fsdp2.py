@@ -35,7 +35,7 @@ def shard(module: nn.Module) -> None:
 
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
 shard(model)
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99).attach(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 for epoch in range(6):

@@ -37,7 +37,7 @@ class Model(nn.Module):
 model = Model().to(device)
 fully_shard(model.body, mesh=mesh)
 fully_shard(model, mesh=mesh)  # the head is a part of this one
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99).attach(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 for epoch in range(6):

@@ -40,7 +40,7 @@ config = BertConfig(
     max_position_embeddings=length, num_labels=len(modules), hidden_dropout_prob=0.0,
 )  # fmt: skip
 model = BertForSequenceClassification(config)
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99, reduction="sum").attach(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, reduction="sum").attach(model)
 
 
 def compute_loss(outputs, labels, num_items_in_batch=None):

@@ -53,7 +53,7 @@ model = LanguageModel(
         tie_word_embeddings=True,
     )
 )  # fmt: skip
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99, reduction="sum").attach(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, reduction="sum").attach(model)
 
 
 def compute_loss(outputs, labels, num_items_in_batch=None):

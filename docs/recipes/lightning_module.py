@@ -29,7 +29,7 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
         # Attach to the network inside: the loss is a part of this module, and cannot watch itself.
-        self.criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99).attach(self.net)
+        self.criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(self.net)
         self.accuracy = MulticlassAccuracy(10, average="micro")
         self.ece = CalibrationError()
         self.uncertainty = AveragePredictiveUncertainty()

@@ -30,7 +30,7 @@ def cutmix(inputs, targets):
 
 
 model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99).attach(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 for _ in range(10):
     for rows in torch.randperm(len(train_x)).split(64):

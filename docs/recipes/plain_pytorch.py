@@ -25,7 +25,7 @@ x, y = torch.tensor(images / 16, dtype=torch.float32, device=device), torch.tens
 train_x, train_y, test_x, test_y = x[:1200], y[:1200], x[1200:], y[1200:]
 
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.2), nn.Linear(128, 10)).to(device)
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99).attach(model)  # the one new line
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(model)  # the one new line
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 scaler = torch.amp.GradScaler(device, enabled=device == "cuda")  # float16 on a GPU, bfloat16 on a CPU
 half = torch.float16 if device == "cuda" else torch.bfloat16

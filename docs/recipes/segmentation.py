@@ -27,7 +27,7 @@ model = nn.Sequential(
     nn.Conv2d(32, BACKGROUND + 1, 1),
 )  # fmt: skip
 # Every pixel is a row: pixels are ranked and smoothed one by one, ignored ones neither.
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99, ignore_index=IGNORED).attach(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ignore_index=IGNORED).attach(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 for _ in range(8):
     for rows in torch.randperm(1200).split(64):

@@ -30,7 +30,6 @@ net = Classifier(
     nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)),
     criterion=softlabels.BetaSmoothingLoss,
     criterion__label_smoothing=0.05,
-    criterion__ema_decay=0.99,
     optimizer=torch.optim.AdamW,
     lr=3e-3,
     batch_size=64,

@@ -58,7 +58,7 @@ options = parser.parse_args()
 torch.manual_seed(0)
 held_out, train = rows[::5], [row for i, row in enumerate(rows) if i % 5]
 model = Tagger()
-criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05, ema_decay=0.99).attach(model)
+criterion = softlabels.BetaSmoothingLoss(label_smoothing=0.05).attach(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
 for _ in range(options.epochs):
     order = torch.randperm(len(train)).tolist()

@@ -39,12 +39,18 @@ def log_odds(
         if rank_by == "max":
             of_largest: Tensor = kernels.fused(_log_odds_of_largest, known.others)
             return of_largest
-        logits = logits.detach().to(known.largest.dtype)
+        logits, dtype = logits.detach(), known.largest.dtype
         if target.is_floating_point():
-            return torch.logit((target * logits.softmax(1)).sum(1))
+            return torch.logit((target * logits.softmax(1, dtype=dtype)).sum(1))
         target = target.long().clamp(0, logits.shape[1] - 1)
-        below = logits.gather(1, target.unsqueeze(1)).squeeze(1) - known.largest
-        return below - (known.others - below.expm1()).log()
+        at_label = logits.gather(1, target.unsqueeze(1)).squeeze(1).to(dtype)
+        of_label: Tensor = kernels.fused(_log_odds_of_label, at_label, known.largest, known.others)
+        return of_label
+
+
+def _log_odds_of_label(logit: Tensor, largest: Tensor, others: Tensor) -> Tensor:
+    below = logit - largest
+    return below - (others - below.expm1()).log()
 
 
 def _log_odds_of_largest(others: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ TWO_LEVELS = [
     "label smoothing, (N, K, d1)",
     "Beta smoothing, confidence given",
     "Beta smoothing, batch",
+    "Beta smoothing, history",
     "Beta smoothing, random",
     "Beta smoothing, none",
 ]
@@ -31,7 +32,7 @@ TEACHER = [
     "Dirichlet MAP, none",
 ]
 MOVED = {**dict.fromkeys(TWO_LEVELS, 3.0), **dict.fromkeys(TEACHER, 5.0)}  # N K numbers, forward and backward
-KERNELS = {"label smoothing": 5, "Beta smoothing, batch": 12, "self-distillation": 6}
+KERNELS = {"label smoothing": 5, "Beta smoothing, batch": 12, "Beta smoothing, history": 48, "self-distillation": 6}
 ALLOCATES = ["spread by", "nn.CrossEntropyLoss", "F.kl_div"]  # something of the logits' size beside the gradient
 
 PROGRAM = """

@@ -17,6 +17,7 @@ from softlabels.priors.learned_spread import MOST_NUMBERS
 
 ROWS, POSITIONS = 8192, 128  # of the latter in a dense prediction (N, K, d1)
 ALPHA, TEMPERATURE, SMOOTHING = 0.6, 4.0, 0.1
+SAMPLES = 50_000  # of a training set
 
 
 @dataclass
@@ -63,6 +64,12 @@ def _beta(i: Inputs, **options: Any) -> Tensor:
     return softlabels.BetaSmoothingLoss(**options)(i.logits, i.target)
 
 
+def _history(i: Inputs) -> Tensor:
+    with torch.device(i.logits.device):
+        criterion = softlabels.BetaSmoothingLoss(ranking="history", num_samples=SAMPLES)
+    return criterion(i.logits, i.target, index=i.target)
+
+
 OURS: dict[str, Callable[[Inputs], Tensor]] = {
     "label smoothing": _smoothing,
     "label smoothing, class weights": lambda i: _smoothing(i, weight=i.weight),
@@ -73,6 +80,7 @@ OURS: dict[str, Callable[[Inputs], Tensor]] = {
     "label smoothing, (N, K, d1)": _smoothing,
     "Beta smoothing, confidence given": lambda i: functional.beta_smoothing_loss(i.logits, i.target, i.confidence),
     "Beta smoothing, batch": lambda i: _beta(i, ranking="batch"),
+    "Beta smoothing, history": _history,
     "Beta smoothing, random": lambda i: _beta(i, ranking="random"),
     "Beta smoothing, none": lambda i: _beta(i, ranking="none"),
     "Beta smoothing, batch, spread by class": lambda i: _beta(i, ranking="batch", spread="classes"),
