@@ -112,6 +112,11 @@ def check_tensor(name: str, value: object) -> None:
     """An argument is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor, and plain tensors are wanted: if it is sharded over the batch pass {name}.to_local(), "
+            f"with the rows of this process in all arguments; if over classes, pass {name}.full_tensor()"
+        )
 
 
 def check_class_weight(weight: Tensor | None, num_classes: int | None = None) -> None:
@@ -168,12 +173,6 @@ def check_target(input: Tensor, target: Tensor, ignore_index: int) -> None:
     """The target holds class indices per row, or class probabilities in the shape of the logits."""
     check_tensor("target", target)
     check_device("target", target, input)
-    if type(input) is not Tensor and hasattr(input, "full_tensor") and not hasattr(target, "full_tensor"):
-        raise TypeError(
-            "input is a DTensor, and target a plain tensor: of logits that are sharded over the batch pass "
-            "input.to_local(), with the target of these rows; of logits that are sharded over classes, pass "
-            "input.full_tensor()"
-        )
     if target.dtype == torch.int64 and input.dim() == 2 and target.dim() == 1 and target.shape[0] == input.shape[0]:
         return  # without the messages below, as almost always
     shapes = f"for input of shape {tuple(input.shape)}, got shape {tuple(target.shape)}"

@@ -107,11 +107,6 @@ def beta_smoothing(
     known: kernels.Statistics | None = None,
 ) -> Tensor:
     """Beta smoothing of checked arguments: within this process or, if ``joint``, over the rows of all processes."""
-    if type(rows.logits) is not Tensor and hasattr(rows.logits, "full_tensor"):
-        raise TypeError(
-            "input is a DTensor, and Beta smoothing ranks and draws for rows that one process can see: pass "
-            "input.full_tensor(), with the target, confidence and weights of the same rows as plain tensors"
-        )
     amount = _amounts(rows, confidence, _most(rows, alpha, spreads), concentration, generator, joint)
     return rows.loss(*_terms(rows, amount, spreads), total=1.0, known=known)
 

@@ -288,10 +288,17 @@ class Sharded(torch.Tensor):
         return torch.Tensor(self)
 
 
-def test_distributed_logits_are_refused_in_one_sentence():
-    logits = torch.randn(4, 3).as_subclass(Sharded)
-    with pytest.raises(TypeError, match=r"input is a DTensor, .* pass input\.full_tensor\(\)"):
-        functional.beta_smoothing_loss(logits, torch.tensor([0, 1, 2, 0]), torch.rand(4))
+@each_loss
+def test_distributed_tensors_are_refused_in_one_sentence(case):
+    logits, target, weight = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.ones(4)
+    for name in ("input", "target", "sample_weight", "weight", case.argument):
+        given = {"input": logits, "target": target, "sample_weight": weight, "weight": torch.ones(3)}
+        if case.argument is not None:
+            given |= case.extras(logits)
+        if name is not None:
+            given[name] = given[name].as_subclass(Sharded)
+            with pytest.raises(TypeError, match=rf"{name} is a DTensor, .* pass {name}\.full_tensor\(\)"):
+                case.functional(given.pop("input"), given.pop("target"), **given, **case.on)
 
 
 @by_teacher

@@ -145,6 +145,10 @@ def sharded(rank):
     for make in (
         lambda: functional.label_smoothing_map_loss(distribute_tensor(logits, mesh, [Shard(0)]), target[:4], beta=0.1),
         lambda: functional.label_smoothing_map_loss(distribute_tensor(logits, mesh, [Shard(1)]), target, beta=0.1),
+        lambda: functional.self_distillation_loss(logits, target, distribute_tensor(logits, mesh, [Shard(0)])),
+        lambda: functional.label_smoothing_map_loss(
+            distribute_tensor(logits, mesh, [Shard(0)]), distribute_tensor(target, mesh, [Shard(0)]), beta=0.1
+        ),
         lambda: LinearLogits(torch.randn(8, 3), distribute_tensor(torch.randn(CLASSES, 3), mesh, [Shard(0)])),
     ):
         try:
@@ -156,8 +160,10 @@ def sharded(rank):
 
 def test_dtensors_raise_one_sentence():
     for messages in spawn(sharded):
-        assert len(messages) == 3
+        assert len(messages) == 5
         assert all("is a DTensor" in message for message in messages)
         assert "input.to_local()" in messages[0]
         assert "input.full_tensor()" in messages[1]
-        assert "weight.full_tensor()" in messages[2]
+        assert "teacher_logits.to_local()" in messages[2]
+        assert "input.to_local()" in messages[3]
+        assert "weight.full_tensor()" in messages[4]
