@@ -114,8 +114,8 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
     if type(value) is not Tensor and hasattr(value, "full_tensor"):
         raise TypeError(
-            f"{name} is a DTensor, and plain tensors are wanted: if it is sharded over the batch pass {name}.to_local(), "
-            f"with the rows of this process in all arguments; if over classes, pass {name}.full_tensor()"
+            f"{name} is a DTensor, and plain tensors are wanted: sharded over the batch, pass {name}.to_local(), with "
+            f"the rows of this process in all arguments; sharded over classes, pass {name}.full_tensor()"
         )
 
 
