@@ -62,7 +62,7 @@ def differences(
             level = mean_interval(results.values(baseline, metric))[0]
             axes.set_title(f"{name}\n{level:.{METRICS[metric][1]}f} with\n{baseline}", fontsize="small")
             axes.set_xlabel(f"{unit}, {'more' if metric == 'accuracy' else 'less'} is better", fontsize="small")
-            axes.locator_params(axis="x", nbins=4)
+            axes.locator_params(axis="x", nbins=3)
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylim(len(labels) - 0.5, -0.5)
             axes.spines[["top", "right"]].set_visible(False)
