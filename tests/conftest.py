@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pages
 import pytest
 import torch
@@ -8,6 +10,8 @@ from hypothesis import settings
 import softlabels
 
 collect_ignore = ["look_at_the_site.py"]  # a command, which needs a browser
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: the suite has two already
 
 settings.register_profile("softlabels", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("softlabels")
