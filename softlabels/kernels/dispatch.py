@@ -17,6 +17,7 @@ LinearLogits the first three lines below compute all logits at once; torch.compi
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -31,7 +32,6 @@ from softlabels.kernels import compiled, eager, formula, linear, ordering
 from softlabels.kernels.autograd import ClosedForm, is_ready_in_forward
 from softlabels.kernels.backend import get_backend
 from softlabels.kernels.linear_logits import LinearLogits
-from softlabels.kernels.ordering import COUNTED
 from softlabels.kernels.soft_label import Amount, Prediction, SoftLabel, Term
 from softlabels.kernels.statistics import Statistics, statistics_with_log_p
 
@@ -110,24 +110,6 @@ def _of_linear(label: SoftLabel, logits: LinearLogits, reduce: bool) -> Tensor:
     )
 
 
-def ranked_amounts(
-    most: float,
-    power: float,
-    score: Tensor,
-    kept: Tensor | None,
-    generator: torch.Generator | None,
-    dtype: torch.dtype,
-    *,
-    joint: bool = False,
-) -> Tensor:
-    """`ordering.ranked_amounts`; without a sort where kernels fuse, of few rows."""
-    if joint or score.numel() > COUNTED or not fuses(score):
-        return ordering.ranked_amounts(most, power, score, kept, generator, dtype, joint=joint)
-    exponentials = torch.empty(score.numel() + 1, dtype=torch.float64, device=score.device)
-    exponentials.exponential_(generator=generator)
-    return fused(ordering.counted_amounts, most, power, score, kept, exponentials, dtype)
-
-
 def fused(function: Callable[..., Result], *arguments: Any) -> Result:
     """function(*arguments) for arithmetic on row-shaped tensors, as one graph `where kernels fuse <fuses>`.
 
@@ -151,6 +133,9 @@ def fuses(*tensors: Tensor) -> bool:
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and _compiles(tensors[0])
     )
+
+
+ranked_amounts = functools.partial(ordering.ranked_amounts, fuses, fused)
 
 
 def _closed_form(label: SoftLabel, logits: Tensor, compile: bool, reduce: bool, known: Statistics | None) -> Tensor:

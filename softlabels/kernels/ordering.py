@@ -7,6 +7,7 @@ reading would wait, or somebody traces, torch's operations give the same numbers
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ def uniforms(shape: torch.Size, device: torch.device, generator: torch.Generator
 
 
 def ranked_amounts(
+    fuses: Callable[[Tensor], bool],
+    fused: Callable[..., Tensor],
     most: float,
     power: float,
     score: Tensor,
@@ -46,8 +49,13 @@ def ranked_amounts(
     """Amounts most (1 - u^power), row-shaped: independent uniforms u ascend with the scores of the kept rows.
 
     Equal scores go by position. A nan is below all numbers; where every kept score is nan, so is every amount. With
-    ``joint`` the rows of all processes of the default group are ordered together.
+    ``joint`` the rows of all processes of the default group are ordered together. Where ``fuses`` says so, few rows are
+    not sorted: ``fused`` calls a function of rows as one graph.
     """
+    if not joint and score.numel() <= COUNTED and fuses(score):
+        exponentials = torch.empty(score.numel() + 1, dtype=torch.float64, device=score.device)
+        exponentials.exponential_(generator=generator)
+        return fused(counted_amounts, most, power, score, kept, exponentials, dtype)
     if not joint and can_read(score) and (kept is None or can_read(kept)):
         return _by_numpy(most, power, score, kept, generator, dtype)
     if joint and torch.distributed.is_available() and torch.distributed.is_initialized():
